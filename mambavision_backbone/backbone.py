@@ -1,0 +1,202 @@
+"""The backbone: stem → stages → feature norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .checkpoint import load_pretrained
+from .layers.mixer import MambaVisionMixer
+from .layers.norms import build_out_norm
+from .layers.stage import ConvStage, TokenStage
+from .layers.stem import PatchEmbed
+from .layers.windows import WINDOW_MODES
+from .ops.selective_scan import check_backend
+from .registry import BaseModule, register_model
+from .variants import STAGES, resolve_arch
+
+
+@register_model
+class MambaVision(BaseModule):
+    """MambaVision as a multi-scale backbone: (B, in_channels, H, W) → maps at strides 4 to 32.
+
+    Source: Hatamizadeh & Kautz, "MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
+    arXiv 2407.08083. Parameter names are the published ones.
+
+    Args:
+        arch: a published variant (T, T2, S, B, L, L2, L3) or a dict of the fields of
+            ``variants.Arch``.
+        window_size: four window sides, one a stage, overriding the variant's.
+        window_mode: ``pad`` (as published: the map is padded to a multiple of the window) or
+            ``fit`` (windows fitted to the map, little or no padding, same weights).
+        out_indices: stages whose maps are returned, ascending.
+        drop_path_rate: stochastic depth at the last block; grows linearly from 0 at the first.
+        frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages.
+        norm_eval: keep batch norms in eval mode while training.
+        with_cp: recompute blocks in the backward pass to save memory.
+        in_channels: channels of the images.
+        out_norm: norm of the returned maps: ``LN`` (over channels), ``BN`` or ``none``.
+        scan_backend: ``auto``, ``chunked``, ``mamba_ssm`` or ``reference``; see
+            ``ops.selective_scan``.
+        init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` loads a file strictly.
+
+    Raises:
+        ValueError: an argument that is out of range; the message names it and what is valid.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "T",
+        window_size: Sequence[int] | None = None,
+        window_mode: str = "pad",
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.2,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        in_channels: int = 3,
+        out_norm: str = "LN",
+        scan_backend: str = "auto",
+        init_cfg: Any = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.arch = resolve_arch(arch)
+        if window_size is not None:
+            self.arch = replace(self.arch, window_size=tuple(window_size))
+        if window_mode not in WINDOW_MODES:
+            raise ValueError(f"unknown window_mode {window_mode!r}: choose one of {WINDOW_MODES}")
+        self.out_indices = _check_out_indices(out_indices)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        if frozen_stages not in range(-1, STAGES + 1):
+            raise ValueError(f"frozen_stages must be in -1..{STAGES}, got {frozen_stages}")
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be positive, got {in_channels}")
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        check_backend(scan_backend)
+
+        arch_ = self.arch
+        channels = arch_.channels
+        self.patch_embed = PatchEmbed(in_channels, arch_.in_dim, arch_.dim)
+        drop_paths = _drop_paths(drop_path_rate, arch_.depths)
+        self.levels = nn.ModuleList()
+        for i in range(STAGES):
+            stage: nn.Module
+            if i < 2:
+                stage = ConvStage(channels[i], drop_paths[i], arch_.layer_scale_conv, with_cp)
+            else:
+                stage = TokenStage(
+                    dim=channels[i],
+                    drop_paths=drop_paths[i],
+                    num_heads=arch_.num_heads[i],
+                    window_size=arch_.window_size[i],
+                    window_mode=window_mode,
+                    mlp_ratio=arch_.mlp_ratio,
+                    layer_scale=arch_.layer_scale,
+                    scan_backend=scan_backend,
+                    downsample=i < STAGES - 1,
+                    with_cp=with_cp,
+                )
+            self.levels.append(stage)
+        self.apply(_init_module)
+        for i in self.out_indices:
+            self.add_module(f"outnorm{i}", build_out_norm(out_norm, channels[i]))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of an image batch.
+
+        Args:
+            x: (B, in_channels, H, W), any H and W from 1 up, any memory format.
+
+        Returns:
+            One map for each of ``out_indices``: (B, C·2^i, ⌈H/2^(i+2)⌉, ⌈W/2^(i+2)⌉).
+
+        Raises:
+            ValueError: not four dimensions or not ``in_channels`` channels.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}: "
+                "in_channels sets the number of channels"
+            )
+        # Channels-last: convolutions are faster so, and a window's tokens are already in order.
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        outs = []
+        for i, level in enumerate(self.levels):
+            x = level(x)
+            if i in self.out_indices:
+                outs.append(getattr(self, f"outnorm{i}")(x))
+            if i == self.out_indices[-1]:
+                break
+            x = level.downsample(x)
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Load ``init_cfg``'s checkpoint, strictly; anything else is mmengine's to do."""
+        cfg = self.init_cfg
+        if isinstance(cfg, Mapping) and cfg.get("type") == "Pretrained":
+            load_pretrained(self, cfg["checkpoint"], prefix=cfg.get("prefix"))
+        else:
+            super().init_weights()
+
+    def train(self, mode: bool = True) -> MambaVision:
+        """Set the mode, keeping frozen parts (and with ``norm_eval`` all batch norms) in eval."""
+        super().train(mode)
+        if mode:
+            for part in self._frozen_parts():
+                part.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        norms = [f"outnorm{i}" for i in self.out_indices if i < self.frozen_stages]
+        return [
+            self.patch_embed,
+            *self.levels[: self.frozen_stages],
+            *(getattr(self, name) for name in norms),
+        ]
+
+    def _freeze(self) -> None:
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+
+def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if not indices or sorted(set(indices)) != list(indices) or not set(indices) <= {0, 1, 2, 3}:
+        raise ValueError(
+            f"out_indices must be ascending stage numbers out of 0..{STAGES - 1}, got {indices}"
+        )
+    return indices
+
+
+def _drop_paths(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Probabilities of all blocks, stage by stage: from 0 at the first to ``rate`` at the last."""
+    steps = max(sum(depths) - 1, 1)
+    return [
+        [rate * j / steps for j in range(sum(depths[:i]), sum(depths[: i + 1]))]
+        for i in range(len(depths))
+    ]
+
+
+def _init_module(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, MambaVisionMixer):
+        module.reset_scan_parameters()  # after its linear layers: apply() visits children first

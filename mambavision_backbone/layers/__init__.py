@@ -1,0 +1,1 @@
+"""Building blocks of the backbone, from the stem to the windows."""

@@ -1,0 +1,76 @@
+"""The MambaVision mixer: a selective scan beside a plain gate-free branch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.selective_scan import selective_scan
+
+D_STATE = 8
+DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial step sizes (Mamba)
+
+
+class MambaVisionMixer(nn.Module):
+    """(B, L, C) → (B, L, C); tokens of a window in raster order.
+
+    Two branches of C/2 channels, each through a depthwise convolution of width 3 and SiLU; one is
+    scanned, then both are concatenated and projected. Source: arXiv 2407.08083, section 3.2.
+
+    Args:
+        dim: C, even.
+        scan_backend: see ``ops.selective_scan``.
+    """
+
+    def __init__(self, dim: int, scan_backend: str = "auto") -> None:
+        super().__init__()
+        self.dim_inner = dim // 2
+        self.dt_rank = math.ceil(dim / 16)
+        self.scan_backend = scan_backend
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.conv1d_x = self._depthwise()
+        self.conv1d_z = self._depthwise()
+        self.x_proj = nn.Linear(self.dim_inner, self.dt_rank + 2 * D_STATE, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.dim_inner)
+        self.A_log = nn.Parameter(torch.empty(self.dim_inner, D_STATE))
+        self.D = nn.Parameter(torch.empty(self.dim_inner))
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.reset_scan_parameters()
+
+    def _depthwise(self) -> nn.Conv1d:
+        channels = self.dim_inner
+        return nn.Conv1d(channels, channels, 3, padding="same", groups=channels, bias=False)
+
+    def reset_scan_parameters(self) -> None:
+        """Mamba's initialisation of A, D and the step sizes (arXiv 2312.00752, section 3.6)."""
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, D_STATE + 1, dtype=torch.float32).log())
+            self.D.fill_(1.0)
+            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            steps = torch.empty(self.dim_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+            # The bias enters twice (see forward), so half of softplus's inverse each time.
+            self.dt_proj.bias.copy_(torch.log(torch.expm1(steps)) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of each window."""
+        weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])
+        xz = self.in_proj(x).transpose(1, 2)  # B, C, L
+        xz = F.silu(F.conv1d(xz, weight, padding=1, groups=weight.shape[0])).transpose(1, 2)
+        x, z = xz.split(self.dim_inner, dim=2)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, D_STATE, D_STATE], dim=2)
+        # The published model adds dt_proj.bias in the projection and again in the scan; its weights
+        # depend on that.
+        y = selective_scan(
+            x,
+            self.dt_proj(dt),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            self.dt_proj.bias,
+            backend=self.scan_backend,
+        )
+        return self.out_proj(torch.cat([y, z], dim=2))

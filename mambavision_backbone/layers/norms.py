@@ -1,0 +1,27 @@
+"""Norms of the returned feature maps."""
+
+from __future__ import annotations
+
+from timm.layers import LayerNorm2d
+from torch import nn
+
+OUT_NORMS = ("LN", "BN", "none")
+
+
+def build_out_norm(kind: str, channels: int) -> nn.Module:
+    """Norm of one (B, C, H, W) feature map.
+
+    Args:
+        kind: ``LN`` (over channels, eps 1e-5, as published), ``BN`` or ``none``.
+        channels: C.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "LN":
+        return LayerNorm2d(channels, eps=1e-5)
+    if kind == "BN":
+        return nn.BatchNorm2d(channels)
+    if kind == "none":
+        return nn.Identity()
+    raise ValueError(f"unknown out_norm {kind!r}: choose one of {', '.join(OUT_NORMS)}")

@@ -1,0 +1,68 @@
+"""Cutting a map into windows of tokens and putting it back: a pure pair of functions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW_MODES = ("pad", "fit")
+
+
+class WindowGrid(NamedTuple):
+    """How a map was cut: its size, the number of windows along each axis, and their size."""
+
+    hw: tuple[int, int]
+    count: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def pad_hw(self) -> tuple[int, int]:
+        """Rows added at the bottom and columns added at the right."""
+        return (
+            self.count[0] * self.size[0] - self.hw[0],
+            self.count[1] * self.size[1] - self.hw[1],
+        )
+
+
+def window_grid(hw: tuple[int, int], window: int, mode: str) -> WindowGrid:
+    """Decide the windows of a map.
+
+    Both modes use ``n = ceil(size / window)`` windows along an axis. ``pad`` (as published) makes
+    them all ``window`` long; ``fit`` makes them ``ceil(size / n)``: no padding where one window
+    covers the axis, fewer than n rows otherwise.
+
+    Args:
+        hw: height and width of the map.
+        window: side of a window.
+        mode: ``pad`` or ``fit``.
+    """
+    rows, cols = -(-hw[0] // window), -(-hw[1] // window)
+    size = (window, window) if mode == "pad" else (-(-hw[0] // rows), -(-hw[1] // cols))
+    return WindowGrid(hw, (rows, cols), size)
+
+
+def partition(x: Tensor, window: int, mode: str) -> tuple[Tensor, WindowGrid]:
+    """(B, C, H, W) → tokens (B·windows, L, C) in raster order, and the grid to invert it.
+
+    The map is padded with zeros; padded positions are ordinary tokens afterwards.
+    """
+    batch, channels, height, width = x.shape
+    grid = window_grid((height, width), window, mode)
+    (rows, cols), (h, w) = grid.count, grid.size
+    pad_h, pad_w = grid.pad_hw
+    if pad_h or pad_w:
+        x = F.pad(x, (0, pad_w, 0, pad_h))
+    x = x.view(batch, channels, rows, h, cols, w).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(batch * rows * cols, h * w, channels), grid
+
+
+def merge(tokens: Tensor, grid: WindowGrid) -> Tensor:
+    """Tokens (B·windows, L, C) → (B, C, H, W), padding cropped: the inverse of :func:`partition`."""
+    (rows, cols), (h, w) = grid.count, grid.size
+    batch = tokens.shape[0] // (rows * cols)
+    channels = tokens.shape[2]
+    x = tokens.view(batch, rows, cols, h, w, channels).permute(0, 5, 1, 3, 2, 4)
+    x = x.reshape(batch, channels, rows * h, cols * w)
+    return x[:, :, : grid.hw[0], : grid.hw[1]]

@@ -1,0 +1,139 @@
+"""The public function: its meaning, the checks, and the choice of backend."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from . import mamba_ssm
+from .schema import BACKENDS
+
+logger = logging.getLogger("mambavision_backbone")
+
+CHOICES = ("auto", *BACKENDS)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective state-space scan of one direction.
+
+    ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t``, ``y_t = C_t . h_t + D u_t``, with
+    ``h_0 = 0`` and ``delta = softplus(dt + dt_bias)``. The state is kept in float32 (float64 for
+    float64 inputs) whatever the inputs are.
+    Source: Gu & Dao, "Mamba", arXiv 2312.00752, section 3; docs/selective_scan.md.
+
+    Args:
+        u: (batch, seqlen, dim) input.
+        dt: (batch, seqlen, dim) step sizes before bias and softplus.
+        A: (dim, dstate) decay rates, negative.
+        B: (batch, seqlen, dstate) input projection.
+        C: (batch, seqlen, dstate) output projection.
+        D: (dim,) skip, or None for none.
+        dt_bias: (dim,), or None for none.
+        dt_softplus: whether softplus is applied to ``dt + dt_bias``.
+        backend: ``auto`` (mamba_ssm for CUDA tensors where it works, else chunked), ``chunked``
+            (PyTorch operators, any device), ``mamba_ssm`` (its CUDA kernel), ``reference`` (a plain
+            loop).
+
+    Returns:
+        (batch, seqlen, dim) in u's dtype.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or backend; the message names the argument.
+        RuntimeError: a backend asked for by name that cannot run here; the message says why.
+    """
+    _check(u, dt, A, B, C, D, dt_bias)
+    D = u.new_zeros(u.shape[2], dtype=A.dtype) if D is None else D
+    dt_bias = u.new_zeros(u.shape[2], dtype=A.dtype) if dt_bias is None else dt_bias
+    return torch.ops.mambavision.selective_scan(
+        u, dt, A, B, C, D, dt_bias, dt_softplus, choose_backend(backend, u, A)
+    )
+
+
+def check_backend(backend: str) -> str:
+    """Return the name if it is one of the backends or ``auto``; ValueError otherwise."""
+    if backend not in CHOICES:
+        raise ValueError(f"unknown scan backend {backend!r}: choose one of {', '.join(CHOICES)}")
+    return backend
+
+
+def choose_backend(backend: str, u: Tensor, A: Tensor) -> str:
+    """Resolve ``auto`` and refuse a named backend that cannot run on these tensors."""
+    check_backend(backend)
+    if backend == "auto":
+        fits = u.is_cuda and u.dtype != torch.float64 and A.shape[1] <= mamba_ssm.MAX_DSTATE
+        if not fits:
+            return "chunked"
+        if torch.compiler.is_compiling():  # the probe below imports and logs: not traceable
+            return _cuda_choice_cached()
+        return _cuda_choice()
+    if backend == "mamba_ssm":
+        if not u.is_cuda:
+            raise ValueError(f"scan backend 'mamba_ssm' needs CUDA tensors, u is on {u.device}")
+        if u.dtype == torch.float64:
+            raise ValueError("scan backend 'mamba_ssm' has no float64: use 'chunked'")
+        if reason := mamba_ssm.unavailable():
+            raise RuntimeError(f"scan backend 'mamba_ssm' cannot be used: {reason}")
+    return backend
+
+
+@functools.cache
+def _cuda_choice() -> str:
+    """What ``auto`` means on CUDA, decided and logged once."""
+    reason = mamba_ssm.unavailable()
+    if reason is None:
+        logger.info("selective scan: using mamba_ssm's CUDA kernel")
+        return "mamba_ssm"
+    logger.warning("selective scan: using plain PyTorch operators on the GPU (%s)", reason)
+    return "chunked"
+
+
+@torch.compiler.assume_constant_result
+def _cuda_choice_cached() -> str:
+    return _cuda_choice()
+
+
+def _check(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None
+) -> None:
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(
+            f"u must be (batch, seqlen, dim) and A (dim, dstate), got {tuple(u.shape)} and "
+            f"{tuple(A.shape)}"
+        )
+    batch, seqlen, dim = u.shape
+    dstate = A.shape[1]
+    expected = {
+        "dt": (dt, (batch, seqlen, dim)),
+        "A": (A, (dim, dstate)),
+        "B": (B, (batch, seqlen, dstate)),
+        "C": (C, (batch, seqlen, dstate)),
+        "D": (D, (dim,)),
+        "dt_bias": (dt_bias, (dim,)),
+    }
+    if u.dtype not in _FLOATS:
+        raise ValueError(f"u must be a float tensor, got {u.dtype}")
+    if seqlen == 0:
+        raise ValueError("seqlen is 0: the scan needs at least one token")
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {u.device}")
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")

@@ -1,0 +1,94 @@
+"""The scan as a torch.library operator, so that compile, export and FLOP counting see one node.
+
+``mambavision::selective_scan`` and its backward take the backend's name as their last argument; the
+implementations are looked up here, and only here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import chunked, mamba_ssm, reference
+
+_FORWARD = {
+    "chunked": chunked.selective_scan,
+    "mamba_ssm": mamba_ssm.selective_scan,
+    "reference": reference.selective_scan,
+}
+BACKENDS = tuple(_FORWARD)
+
+_TENSORS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias"
+_OPTIONS = "bool dt_softplus, str backend"
+torch.library.define("mambavision::selective_scan", f"({_TENSORS}, {_OPTIONS}) -> Tensor")
+torch.library.define(
+    "mambavision::selective_scan_backward",
+    f"(Tensor dy, {_TENSORS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})",
+)
+
+
+@torch.library.impl("mambavision::selective_scan", "CompositeExplicitAutograd")
+def _forward(*args: Any) -> Tensor:
+    *inputs, backend = args
+    with torch.no_grad():
+        return _FORWARD[backend](*inputs)
+
+
+@torch.library.impl("mambavision::selective_scan_backward", "CompositeExplicitAutograd")
+def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, dt_softplus, backend = args
+    if backend == "chunked":
+        with torch.no_grad():
+            return chunked.selective_scan_backward(dy, *inputs, dt_softplus)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        y = _FORWARD[backend](*leaves, dt_softplus)
+        grads = torch.autograd.grad(y, leaves, dy)
+    return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+@torch.library.register_fake("mambavision::selective_scan")
+def _forward_fake(u: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("mambavision::selective_scan_backward")
+def _backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:7])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.dt_softplus, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.mambavision.selective_scan_backward(
+        dy, *ctx.saved_tensors, ctx.dt_softplus, ctx.backend
+    )
+    return (*grads, None, None)
+
+
+torch.library.register_autograd(
+    "mambavision::selective_scan", _autograd, setup_context=_setup_context
+)
+
+
+@register_flop_formula(torch.ops.mambavision.selective_scan)
+def selective_scan_flops(u_shape: Any, dt_shape: Any, A_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of one forward scan: ``batch * seqlen * dim * (9 * dstate + 1)``.
+
+    The field's count (VMamba, and after it most vision Mambas): 9 per state element, 1 for the D
+    skip. docs/selective_scan.md lists what is in the 9.
+    """
+    return math.prod(u_shape) * (9 * A_shape[1] + 1)
+
+
+@register_flop_formula(torch.ops.mambavision.selective_scan_backward)
+def selective_scan_backward_flops(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of the backward pass, by the convention for matrix products: twice the forward's."""
+    return 2 * selective_scan_flops(*args)

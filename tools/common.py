@@ -1,0 +1,206 @@
+"""What train.py and test.py share: reading a config and fitting it to the data and the machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import print_log
+
+from mambavision_backbone.checkpoint import WeightsError
+
+LIBRARIES = {
+    "mmdet": "pip install onedl-mmdetection (or mmdet)",
+    "mmseg": "pip install onedl-mmsegmentation (or mmsegmentation)",
+}
+DATA_HELP = {
+    "mmdet": "COCO 2017 (cocodataset.org: train2017.zip, val2017.zip, annotations_trainval2017.zip)",
+    "mmseg": "ADE20K (ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark)",
+}
+HOOKS = ("CheckBackboneWeightsHook", "NameBadSampleHook")
+
+
+class ToolError(Exception):
+    """Something the user can mend; shown as one message without a traceback."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the program with the message alone where the user can mend what is wrong."""
+    try:
+        yield
+    except (ToolError, WeightsError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every tool that builds a runner."""
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints (default: work_dirs/<config's name>)"
+    )
+    parser.add_argument(
+        "--data-root",
+        help="folder of the data set, in place of the config's data_root in every split",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        help="override settings of the config, e.g. train_dataloader.batch_size=4 "
+        'model.backbone.window_size="(8,8,64,32)" (no spaces inside a value)',
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="how the processes of a distributed run were started (dist_train.sh says pytorch)",
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable instead
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config named on the command line and apply the common arguments to it."""
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+    _add_hooks(cfg)
+    if not torch.cuda.is_available():
+        fit_to_cpu(cfg)
+    return cfg
+
+
+def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config and make sure that the library it is written for is installed."""
+    if not os.path.isfile(path):
+        raise ToolError(f"config {path!r} does not exist (relative to {os.getcwd()})")
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    if options:
+        cfg.merge_from_dict(options)
+    scope = cfg.get("default_scope", "mmengine")
+    if scope in LIBRARIES and importlib.util.find_spec(scope) is None:
+        raise ToolError(
+            f"{path} is a config for {scope}, which is not installed: {LIBRARIES[scope]}"
+        )
+    if cfg.get("custom_imports"):
+        from mmengine.utils import import_modules_from_strings
+
+        import_modules_from_strings(**cfg.custom_imports)
+    return cfg
+
+
+def _datasets(cfg: Config, split: str) -> Iterator[ConfigDict]:
+    """The innermost data sets of a split's loader."""
+    pending = [cfg.get(f"{split}_dataloader", {}).get("dataset")]
+    while pending:
+        dataset = pending.pop()
+        if isinstance(dataset, ConfigDict):
+            pending.append(dataset.get("dataset"))
+            pending.extend(dataset.get("datasets", []))
+            if "dataset" not in dataset and "datasets" not in dataset:
+                yield dataset
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Put every split's data set, and the evaluators' annotation files, under another folder."""
+    for split in ("train", "val", "test"):
+        old_roots = []
+        for dataset in _datasets(cfg, split):
+            old_roots.append(dataset.get("data_root", ""))
+            dataset.data_root = root
+        evaluators = cfg.get(f"{split}_evaluator") or []
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            for old in old_roots:
+                if evaluator.get("ann_file", "").startswith(old):
+                    evaluator.ann_file = os.path.join(root, evaluator.ann_file[len(old) :])
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """Make sure, before the model is built, that the data of these splits are there.
+
+    Raises:
+        ToolError: names the first path that is missing or empty, and how to get the data.
+    """
+    for split in splits:
+        if cfg.get(f"{split}_cfg") is None:
+            continue
+        for dataset in _datasets(cfg, split):
+            root = dataset.get("data_root") or ""
+            paths = [root] if root else []
+            if dataset.get("ann_file"):
+                paths.append(os.path.join(root, dataset.ann_file))
+            for prefix in (dataset.get("data_prefix") or {}).values():
+                if isinstance(prefix, str):
+                    paths.append(os.path.join(root, prefix))
+            for path in paths:
+                empty = os.path.isdir(path) and next(os.scandir(path), None) is None
+                if "://" in path or (os.path.exists(path) and not empty):
+                    continue
+                source = DATA_HELP.get(cfg.get("default_scope", ""), "the data set")
+                raise ToolError(
+                    f"{split} data: {path!r} {'is empty' if empty else 'does not exist'} "
+                    f"(relative to {os.getcwd()}). Get {source} and give its folder with "
+                    "--data-root, or draw a small set with tools/make_shapes.py"
+                )
+
+
+def check_file(path: str, what: str) -> None:
+    """Make sure that a local file exists."""
+    if "://" not in path and not os.path.isfile(os.path.expanduser(path)):
+        raise ToolError(f"{what} {path!r} does not exist (relative to {os.getcwd()})")
+
+
+def _add_hooks(cfg: Config) -> None:
+    """Give configs of other projects the plugin's hooks too."""
+    hooks = cfg.get("custom_hooks") or []
+    present = {hook.get("type") for hook in hooks}
+    cfg.custom_hooks = [*hooks, *({"type": name} for name in HOOKS if name not in present)]
+
+
+def fit_to_cpu(cfg: Config) -> None:
+    """Replace what only a GPU can do, saying each in one line."""
+    wrapper = cfg.get("optim_wrapper") or {}
+    if wrapper.get("type") == "AmpOptimWrapper":
+        for key in ("loss_scale", "dtype", "use_fsdp"):
+            wrapper.pop(key, None)
+        wrapper["type"] = "OptimWrapper"
+        _say("no GPU: training in float32 (AmpOptimWrapper needs one)")
+    if _replace_type(cfg.model, "SyncBN", "BN"):
+        _say("no GPU: SyncBN replaced by BN")
+    if cfg.launcher != "none":
+        # mmengine's own start-up calls CUDA; a group that is already there is used as it is
+        cfg.setdefault("env_cfg", {})["dist_cfg"] = {"backend": "gloo"}
+        cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+        torch.distributed.init_process_group("gloo")
+        _say("no GPU: processes talk through gloo")
+
+
+def _replace_type(node: Any, old: str, new: str) -> int:
+    """Replace ``type=old`` everywhere below a node; returns how often."""
+    if isinstance(node, dict):
+        count = sum(_replace_type(value, old, new) for value in node.values())
+        if node.get("type") == old:
+            node["type"] = new
+            count += 1
+        return count
+    if isinstance(node, list | tuple):
+        return sum(_replace_type(value, old, new) for value in node)
+    return 0
+
+
+def _say(message: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_log(message, logger="current")

@@ -1,0 +1,83 @@
+"""Evaluate a detector (mmdet config) or a segmenter (mmseg config) on its test split.
+
+    python tools/test.py mmdet_configs/cascade_mambavision_t.py CHECKPOINT --data-root data/coco
+    bash tools/dist_test.sh mmseg_configs/upernet_mambavision_t.py CHECKPOINT 8
+
+The config's default_scope decides the task. The backbone's ImageNet file is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import (
+    ToolError,
+    add_run_arguments,
+    check_data,
+    check_file,
+    load_config,
+    user_errors,
+)
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--out",
+        help="detection: write all predictions to this .pkl; segmentation: label maps to this folder",
+    )
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument("--show-dir", help="save pictures of the predictions in this folder")
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds a picture is shown")
+    return parser.parse_args()
+
+
+def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the arguments of this tool into the config."""
+    cfg.load_from = args.checkpoint
+    if "backbone" in cfg.model:
+        cfg.model.backbone.init_cfg = None  # the checkpoint holds the backbone
+    if args.out and cfg.default_scope == "mmdet":
+        if Path(args.out).suffix not in (".pkl", ".pickle"):
+            raise ToolError(f"--out {args.out!r}: predictions of a detector go to a .pkl file")
+        evaluators = cfg.test_evaluator
+        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+        cfg.test_evaluator = [*evaluators, dict(type="DumpDetResults", out_file_path=args.out)]
+    elif args.out:
+        cfg.test_evaluator["output_dir"] = args.out
+    if args.show or args.show_dir:
+        hook = cfg.default_hooks.get("visualization")
+        if hook is None:
+            raise ToolError("--show and --show-dir need default_hooks.visualization in the config")
+        hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if cfg.default_scope == "mmdet":
+            hook.test_out_dir = args.show_dir
+        else:
+            hook.interval = 1
+            cfg.visualizer.save_dir = args.show_dir
+
+
+def main() -> None:
+    """Evaluate."""
+    args = parse_args()
+    with user_errors():
+        check_file(args.checkpoint, "checkpoint")
+        cfg = load_config(args)
+        apply_test_arguments(cfg, args)
+        check_data(cfg, "test")
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.test()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Train a detector (mmdet config) or a segmenter (mmseg config).
+
+    python tools/train.py mmdet_configs/cascade_mambavision_t.py --data-root data/coco
+    python tools/train.py mmseg_configs/upernet_mambavision_t.py --data-root data/ade/ADEChallengeData2016
+    bash tools/dist_train.sh mmdet_configs/cascade_mambavision_t.py 8
+
+The config's default_scope decides the task. Without a GPU the run trains in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common import (
+    ToolError,
+    add_run_arguments,
+    check_data,
+    check_file,
+    load_config,
+    user_errors,
+)
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="config file")
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--amp", action="store_true", help="mixed precision, where the config does not say so"
+    )
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by the batch size over the config's base batch size",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="go on from the newest checkpoint in the work folder, or from the one given",
+    )
+    return parser.parse_args()
+
+
+def apply_train_arguments(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the arguments of this tool into the config."""
+    if args.amp and cfg.optim_wrapper.type == "OptimWrapper":
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise ToolError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == "auto" else args.resume
+    if cfg.get("load_from"):
+        check_file(cfg.load_from, "checkpoint")
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    with user_errors():
+        cfg = load_config(args)
+        apply_train_arguments(cfg, args)
+        check_data(cfg, "train", "val")
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.train()
+
+
+if __name__ == "__main__":
+    main()
