@@ -81,10 +81,6 @@ check_system() {
     if ! command -v "${CXX:-g++}" >/dev/null; then
         missing+=("a C++ compiler (${CXX:-g++})") packages+=(g++)
     fi
-    # opencv-python links to these two.
-    if ! "$1" -c 'import ctypes; ctypes.CDLL("libGL.so.1"); ctypes.CDLL("libglib-2.0.so.0")' 2>/dev/null; then
-        missing+=("OpenCV's libraries (libGL.so.1, libglib-2.0.so.0)") packages+=(libgl1 libglib2.0-0)
-    fi
     if [ ${#missing[@]} -gt 0 ]; then
         local list
         list=$(printf ', %s' "${missing[@]}")
@@ -130,9 +126,14 @@ hide_gpu_without_compiler() {
 }
 
 # No cache: it would hand out a wheel that was compiled against another PyTorch or without a GPU.
+# mmcv would run four compilers even on two cores; each takes up to 1 GB of memory.
 install_mmcv() {
     hide_gpu_without_compiler
-    CFLAGS="${CFLAGS:-} -g0" pip install --no-build-isolation --no-cache-dir "$@" "$mmcv" || return
+    CFLAGS="${CFLAGS:-} -g0" MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+        pip install --no-build-isolation --no-cache-dir "$@" "$mmcv" || return
+    # mmcv brings opencv-python, which needs a desktop's libraries (libGL); the headless build has the
+    # same modules without its windows, and goes over them.
+    pip install --force-reinstall --no-deps opencv-python-headless || return
     "$python" -W ignore -c 'import mmcv.ops' && return
     [ $# -eq 0 ] && install_mmcv --force-reinstall --no-deps
 }
