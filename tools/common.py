@@ -183,7 +183,12 @@ def fit_to_cpu(cfg: Config) -> None:
     if cfg.launcher != "none":
         # mmengine's own start-up calls CUDA; a group that is already there is used as it is
         cfg.setdefault("env_cfg", {})["dist_cfg"] = {"backend": "gloo"}
-        cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+        cfg.model_wrapper_cfg = {
+            "type": "MMDistributedDataParallel",
+            "device_ids": None,  # mmengine's default is a GPU's number
+            "broadcast_buffers": False,
+            "find_unused_parameters": cfg.get("find_unused_parameters", False),
+        }
         torch.distributed.init_process_group("gloo")
         _say("no GPU: processes talk through gloo")
 

@@ -12,8 +12,8 @@ weights are needed. What is counted: the forward pass of one image, as in testin
     "GMACs", and most "GFLOPs" of papers, are the MACs column.
   - The selective scan: 9 FLOPs per state element and 1 per token and channel (docs/selective_scan.md).
   - Norms, activations, interpolation, RoIAlign and NMS are not counted; they are small.
-  - The published MambaVision figures leave out attention's two matrix products, as many counters
-    do: compare them with "total without attention".
+  - The published figures of MambaVision's classifiers leave out attention's two matrix products,
+    as many counters do: compare them with "total without attention".
   - A two-stage detector's box heads see as many proposals, its mask heads as many detections, as
     the config's test_cfg allows in one image (usually 1000 and 100).
 """
@@ -62,7 +62,7 @@ class Count:
     Attributes:
         parts: from stem to heads.
         scan: FLOPs of the selective scans, contained in the parts.
-        attention: FLOPs of the backbone's attention products, contained in the parts.
+        attention: FLOPs of the backbone's two attention products, contained in the parts.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -93,20 +93,21 @@ def count_backbone(backbone: nn.Module, hw: tuple[int, int]) -> tuple[Count, tup
     channels = getattr(backbone, "in_channels", 3)
     maps, flops = _run(backbone, torch.empty(1, channels, *hw, device="meta"))
     if not isinstance(backbone, MambaVision):
-        return Count([_part("backbone", [backbone], flops)]), maps
+        return Count([_part("backbone", backbone, flops)]), maps
     by_stage = [("stem", "patch_embed", backbone.patch_embed)]
     for i, level in enumerate(backbone.levels):
         by_stage.append((f"stage {i + 1}", f"levels.{i}", level))
         if level.downsample is not None:
             by_stage.append((f"downsample {i + 1}", f"levels.{i}.downsample", level.downsample))
-    for i in backbone.out_indices:
-        by_stage.append((f"norm {i + 1}", f"outnorm{i}", getattr(backbone, f"outnorm{i}")))
     count = Count(scan=sum(v for k, v in flops[""].items() if "selective_scan" in str(k)))
     for title, name, module in by_stage:
         params = _params(module)
         if isinstance(getattr(module, "downsample", None), nn.Module):
             params -= _params(module.downsample)  # the backbone calls it: a part of its own
         count.parts.append(Part(title, params, _total(flops, name)))
+    norms = [f"outnorm{i}" for i in backbone.out_indices]
+    params = sum(_params(getattr(backbone, name)) for name in norms)
+    count.parts.append(Part("feature norms", params, sum(_total(flops, name) for name in norms)))
     for name, module in backbone.named_modules():
         if isinstance(module, Attention):
             linear = _total(flops, f"{name}.qkv") + _total(flops, f"{name}.proj")
@@ -127,16 +128,16 @@ def count_model(model: nn.Module, hw: tuple[int, int]) -> Count:
     count, maps = count_backbone(model.backbone, hw)
     if getattr(model, "with_neck", False):
         maps, flops = _run(model.neck, maps)
-        count.parts.append(_part("neck", [model.neck], flops))
+        count.parts.append(_part("neck", model.neck, flops))
     if hasattr(model, "rpn_head"):
-        count.parts.append(_part("rpn head", [model.rpn_head], _run_head(model.rpn_head, maps)))
+        count.parts.append(_part("rpn head", model.rpn_head, _run_head(model.rpn_head, maps)))
         count.parts.extend(_count_roi_head(model))
     else:
         name = "decode_head" if hasattr(model, "decode_head") else "bbox_head"
         head = getattr(model, name, None)
         if head is None:
             raise _cannot_count(model)
-        count.parts.append(_part(name.replace("_", " "), [head], _run_head(head, maps)))
+        count.parts.append(_part(name.replace("_", " "), head, _run_head(head, maps)))
     if getattr(model, "with_auxiliary_head", False):
         count.parts.append(Part("auxiliary head", _params(model.auxiliary_head), None))
     return count
@@ -159,7 +160,7 @@ def _count_roi_head(model: nn.Module) -> list[Part]:
             size = extractor.roi_layers[0].output_size
             crops = torch.empty(number, extractor.out_channels, *size, device="meta")
             title = f"{kind} head" + (f" {i + 1}" if len(heads) > 1 else "")
-            parts.append(_part(f"{title}, {number} boxes", [head], _run_head(head, crops)))
+            parts.append(_part(f"{title}, {number} boxes", head, _run_head(head, crops)))
     return parts
 
 
@@ -190,8 +191,8 @@ def _cannot_count(module: nn.Module) -> ToolError:
     return ToolError(f"{type(module).__name__} cannot be counted by itself: give --backbone-only")
 
 
-def _part(name: str, modules: list[nn.Module], flops: dict[str, Mapping[Any, int]]) -> Part:
-    return Part(name, sum(map(_params, modules)), _total(flops, ""))
+def _part(name: str, module: nn.Module, flops: dict[str, Mapping[Any, int]]) -> Part:
+    return Part(name, _params(module), _total(flops, ""))
 
 
 def _total(flops: dict[str, Mapping[Any, int]], name: str) -> int:
@@ -230,7 +231,8 @@ def count(args: argparse.Namespace) -> tuple[str, tuple[int, int], Count]:
 
 def show(title: str, hw: tuple[int, int], result: Count) -> None:
     """Print the table."""
-    table = Table(title=f"{title}, one image of {hw[0]} x {hw[1]} (height x width)")
+    print(f"{title}, one image of {hw[0]} x {hw[1]} (height x width)")
+    table = Table()
     table.add_column("part")
     for column in ("params (M)", "GMACs", "GFLOPs", "share"):
         table.add_column(column, justify="right")
@@ -249,10 +251,12 @@ def show(title: str, hw: tuple[int, int], result: Count) -> None:
     table.add_section()
     add("total", result.params, result.flops, style="bold")
     add("of it: selective scan", None, result.scan)
-    add("of it: attention products of the backbone", None, result.attention)
-    add("total without attention, as published", None, result.flops - result.attention)
+    add("of it: attention products", None, result.attention)
+    add("total without attention", None, result.flops - result.attention)
     Console().print(table)
-    print("1 MAC = 2 FLOPs: the published GMACs are the GMACs column. --help says what is counted.")
+    print(
+        "1 MAC = 2 FLOPs. Published GMACs: the GMACs column, without attention. --help says more."
+    )
 
 
 def write_json(path: str, title: str, hw: tuple[int, int], result: Count) -> None:
