@@ -118,7 +118,8 @@ class MambaVision(BaseModule):
             x: (B, in_channels, H, W), any H and W from 1 up, any memory format.
 
         Returns:
-            One map for each of ``out_indices``: (B, C·2^i, ⌈H/2^(i+2)⌉, ⌈W/2^(i+2)⌉).
+            One contiguous map for each of ``out_indices``:
+            (B, C·2^i, ⌈H/2^(i+2)⌉, ⌈W/2^(i+2)⌉).
 
         Raises:
             ValueError: not four dimensions or not ``in_channels`` channels.
@@ -134,7 +135,8 @@ class MambaVision(BaseModule):
         for i, level in enumerate(self.levels):
             x = level(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f"outnorm{i}")(x))
+                # Plain NCHW on the way out: mmcv's RoIAlign reads other layouts as garbage.
+                outs.append(getattr(self, f"outnorm{i}")(x).contiguous())
             if i == self.out_indices[-1]:
                 break
             x = level.downsample(x)

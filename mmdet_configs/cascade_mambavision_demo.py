@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 # model: the published one with fewer channels, layers, anchors and proposals
-_width = 64
+_width = 48
 _roi_head = _base_.model.roi_head
 _box_heads = [
     dict(
@@ -14,19 +14,17 @@ _box_heads = [
         num_shared_convs=1,
         in_channels=_width,
         conv_out_channels=_width,
-        fc_out_channels=256,
+        fc_out_channels=192,
         num_classes=6) for head in _roi_head.bbox_head
 ]
 _rcnn = _base_.model.train_cfg.rcnn
 for _stage in _rcnn:
     _stage.sampler.num = 32
+    _stage.mask_size = 20
 # shapes are small: 16 to 64 pixels
 _strides = [4, 8, 16, 32]
 # torchvision's RoIAlign gives the same and is several times faster on a CPU
-_extractor = dict(
-    roi_layer=dict(sampling_ratio=1, use_torchvision=True),
-    out_channels=_width,
-    finest_scale=16)
+_roi_layer = dict(sampling_ratio=1, use_torchvision=True)
 model = dict(
     backbone=dict(
         arch=dict(
@@ -40,14 +38,17 @@ model = dict(
         feat_channels=_width,
         anchor_generator=dict(scales=[4], strides=_strides)),
     roi_head=dict(
-        bbox_roi_extractor=_extractor,
+        bbox_roi_extractor=dict(
+            roi_layer=_roi_layer, out_channels=_width, finest_scale=28),
         bbox_head=_box_heads,
-        mask_roi_extractor=_extractor,
+        mask_roi_extractor=dict(
+            roi_layer=dict(_roi_layer, output_size=10), out_channels=_width),
         mask_head=dict(
             num_convs=2, in_channels=_width, conv_out_channels=32, num_classes=6)),
     train_cfg=dict(
-        rpn=dict(sampler=dict(num=128)),
-        rpn_proposal=dict(nms_pre=200, max_per_img=200),
+        # shapes cut off by the border need anchors that cross it
+        rpn=dict(allowed_border=-1, sampler=dict(num=128)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
         rcnn=_rcnn),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=50)))
 
@@ -73,7 +74,7 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -92,7 +93,7 @@ test_evaluator = val_evaluator
 max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
         eta_min_ratio=0.01,
@@ -106,4 +107,4 @@ optim_wrapper = dict(
 default_hooks = dict(
     logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1, save_best=None))
 
-del _width, _roi_head, _box_heads, _rcnn, _stage, _strides, _extractor
+del _width, _roi_head, _box_heads, _rcnn, _stage, _strides, _roi_layer

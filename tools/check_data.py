@@ -161,6 +161,14 @@ class ImageFile:
     labels: dict[int, int] = field(default_factory=dict)
 
 
+def ends_as_jpeg(data: bytes) -> bool:
+    """Whether the end-of-image marker follows the last start of a scan.
+
+    Decoders take a tail of zeros, as an interrupted download may leave it, for a plain grey area.
+    """
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+
+
 def read_image(path: Path, quick: bool, as_labels: bool = False) -> ImageFile:
     """Opens an image and, unless `quick`, decodes all of it.
 
@@ -179,13 +187,18 @@ def read_image(path: Path, quick: bool, as_labels: bool = False) -> ImageFile:
             if quick:
                 return ImageFile(size=size)
             image.load()
+            if image.format == "JPEG" and not ends_as_jpeg(path.read_bytes()):
+                return ImageFile("truncated: no end of image")
             labels = np.bincount(np.asarray(image).ravel()) if as_labels else np.zeros(0, int)
+        with Image.open(path) as image:
+            # Checksums, which decoding a PNG passes over.
+            image.verify()
     except UnidentifiedImageError:
         with path.open("rb") as file:
             # A link written out as text, a pointer to large-file storage and a web page show here.
             return ImageFile(f"not an image, begins with {file.read(50)!r}")
     except Exception as error:  # Pillow's decoders raise all sorts on damaged files.
-        return ImageFile(str(error))
+        return ImageFile(f"{type(error).__name__}: {error}")
     present = np.flatnonzero(labels)
     return ImageFile("", size, dict(zip(present.tolist(), labels[present].tolist(), strict=True)))
 
@@ -433,6 +446,8 @@ def check_coco(report: Report, num_classes: int | None, workers: int) -> None:
             continue
         if not images:
             found.add("split without images", str(file))
+        if not report.splits[split]["annotations"]:
+            found.add("split without annotations", str(file))
         folder = report.root / split
         if not folder.is_dir():
             found.add("missing image folder", f"{folder} ({len(images)} images)")

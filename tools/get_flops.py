@@ -10,7 +10,7 @@ weights are needed. What is counted: the forward pass of one image, as in testin
 
   - Convolutions, linear layers and attention's two matrix products: 1 MAC = 2 FLOPs. Published
     "GMACs", and most "GFLOPs" of papers, are the MACs column.
-  - The selective scan: 9 FLOPs per state element and 1 per token and channel (docs/selective_scan.md).
+  - The selective scan: 9 FLOPs per state element, 1 per token and channel: docs/selective_scan.md.
   - Norms, activations, interpolation, RoIAlign and NMS are not counted; they are small.
   - The published figures of MambaVision's classifiers leave out attention's two matrix products,
     as many counters do: compare them with "total without attention".
@@ -94,7 +94,7 @@ def count_backbone(backbone: nn.Module, hw: tuple[int, int]) -> tuple[Count, tup
     maps, flops = _run(backbone, torch.empty(1, channels, *hw, device="meta"))
     if not isinstance(backbone, MambaVision):
         return Count([_part("backbone", backbone, flops)]), maps
-    by_stage = [("stem", "patch_embed", backbone.patch_embed)]
+    by_stage: list[tuple[str, str, Any]] = [("stem", "patch_embed", backbone.patch_embed)]
     for i, level in enumerate(backbone.levels):
         by_stage.append((f"stage {i + 1}", f"levels.{i}", level))
         if level.downsample is not None:
@@ -115,7 +115,7 @@ def count_backbone(backbone: nn.Module, hw: tuple[int, int]) -> tuple[Count, tup
     return count, maps
 
 
-def count_model(model: nn.Module, hw: tuple[int, int]) -> Count:
+def count_model(model: Any, hw: tuple[int, int]) -> Count:
     """Count a detector or segmenter.
 
     Args:
@@ -143,7 +143,7 @@ def count_model(model: nn.Module, hw: tuple[int, int]) -> Count:
     return count
 
 
-def _count_roi_head(model: nn.Module) -> list[Part]:
+def _count_roi_head(model: Any) -> list[Part]:
     """Box and mask heads on as many boxes as the test settings allow."""
     from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 
@@ -164,7 +164,7 @@ def _count_roi_head(model: nn.Module) -> list[Part]:
     return parts
 
 
-def _as_list(module: nn.Module | None) -> list[nn.Module]:
+def _as_list(module: nn.Module | None) -> list[Any]:
     if module is None:
         return []
     return list(module) if isinstance(module, nn.ModuleList) else [module]
@@ -199,11 +199,11 @@ def _total(flops: dict[str, Mapping[Any, int]], name: str) -> int:
     return sum(flops.get(name, {}).values())
 
 
-def _params(module: nn.Module) -> int:
+def _params(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def build_model(cfg: Config) -> nn.Module:
+def build_model(cfg: Config) -> Any:
     """The config's model without data, on the meta device."""
     init_default_scope(cfg.get("default_scope", "mmengine"))
     with torch.device("meta"):

@@ -65,7 +65,7 @@ Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """One shape, placed on the canvas.
 
@@ -99,7 +99,7 @@ class Shape:
         return [np.rint(c * 2**SUBPIXEL_BITS).astype(np.int32) for c in self.contours]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """One drawn image and everything known about it.
 
@@ -224,10 +224,8 @@ def place_shape(rng: np.random.Generator, hw: tuple[int, int]) -> Shape:
     return Shape(label, tuple(centre + radius * c @ turn for c in OUTLINES[CLASSES[label]]))
 
 
-def drop_hidden(shapes: list[Shape], hw: tuple[int, int]) -> tuple[list[Shape], list[Mask]]:
+def drop_hidden(shapes: Sequence[Shape], hw: tuple[int, int]) -> tuple[list[Shape], list[Mask]]:
     """Drops shapes too little of which would be seen, before anything is painted.
-
-    Dropping one uncovers those beneath it, so the worst goes first and the rest is looked at again.
 
     Args:
         shapes: In painting order: later ones hide earlier ones.
@@ -236,23 +234,18 @@ def drop_hidden(shapes: list[Shape], hw: tuple[int, int]) -> tuple[list[Shape], 
     Returns:
         The shapes kept, in painting order, and their visible masks, each (H, W).
     """
-    shapes = list(shapes)
-    solids = [shape.coverage(hw) >= 128 for shape in shapes]
-    while True:
-        visible: list[Mask] = []
-        above = np.zeros(hw, bool)
-        for solid in reversed(solids):
-            visible.insert(0, solid & ~above)
-            above |= solid
-        areas = [np.count_nonzero(mask) for mask in visible]
-        shares = [
-            area / shape.area if area >= MIN_AREA else 0.0
-            for area, shape in zip(areas, shapes, strict=True)
-        ]
-        if min(shares, default=1.0) >= MIN_VISIBLE:
-            return shapes, visible
-        worst = shares.index(min(shares))
-        del shapes[worst], solids[worst]
+    kept: list[Shape] = []
+    masks: list[Mask] = []
+    taken = np.zeros(hw, bool)
+    # From the topmost down, so that a shape which is dropped itself hides no other.
+    for shape in reversed(shapes):
+        solid = shape.coverage(hw) >= 128
+        visible = solid & ~taken
+        if np.count_nonzero(visible) >= max(MIN_AREA, MIN_VISIBLE * shape.area):
+            kept.insert(0, shape)
+            masks.insert(0, visible)
+            taken |= solid
+    return kept, masks
 
 
 def paint(image: Image, shape: Shape, rng: np.random.Generator) -> None:
@@ -490,6 +483,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
+        # --size takes one or two numbers, so a folder right after it would be read as the second.
+        usage="%(prog)s OUT [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -540,6 +535,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(
             f"cannot draw into {args.out}: {error}. Free space or choose another folder"
         ) from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command starts it again") from None
 
 
 if __name__ == "__main__":
