@@ -139,7 +139,7 @@ class MambaVision(BaseModule):
                 outs.append(getattr(self, f"outnorm{i}")(x).contiguous())
             if i == self.out_indices[-1]:
                 break
-            x = level.downsample(x)
+            x = level.downsample(x)  # type: ignore[operator]
         return tuple(outs)
 
     def init_weights(self) -> None:

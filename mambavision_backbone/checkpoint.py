@@ -21,6 +21,16 @@ _MAY_MISS = re.compile(r"outnorm\d\.|.*num_batches_tracked$")  # made anew where
 _MAY_ADD = re.compile(r"outnorm\d\.")  # of stages that this backbone does not return
 _SHOWN = 5  # names listed in a message
 
+# Read from a pickle besides tensors and plain data; engine adds mmengine's own.
+PLAIN_CLASSES: list[Any] = [
+    argparse.Namespace,  # timm's training arguments
+    np.dtype,
+    np.ndarray,
+    np.float64(0).__reduce__()[0],
+    np.zeros(1).__reduce__()[0],
+    *{type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "b1")},
+]
+
 
 class WeightsError(ValueError):
     """Weights that do not belong to this network; the message says which and what to do."""
@@ -86,7 +96,8 @@ def _read_file(path: str) -> Any:
         with _plain_classes():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        found = re.search(r"WeightsUnpickler error: *([^.\n]*)", str(error))
+        reason = found[1] if found else str(error).splitlines()[0]
         raise WeightsError(
             f"{path!r} is not a checkpoint of tensors and plain data, so it is not loaded: {reason}"
         ) from error
@@ -98,19 +109,9 @@ def _read_file(path: str) -> Any:
 
 @contextmanager
 def _plain_classes() -> Iterator[None]:
-    """Admit, while reading, the harmless classes that timm's and mmengine's checkpoints hold."""
-    scalar = np.float64(0).__reduce__()[0]
-    array = np.zeros(1).__reduce__()[0]
-    classes: list[Any] = [
-        argparse.Namespace,
-        np.dtype,
-        np.ndarray,
-        scalar,
-        array,
-        *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i4", "i8", "b1")},
-    ]
+    """Admit, while reading, the harmless classes that training checkpoints hold."""
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(classes)
+    torch.serialization.add_safe_globals(PLAIN_CLASSES)
     try:
         yield
     finally:
@@ -118,7 +119,9 @@ def _plain_classes() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def backbone_weights(state_dict: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
+def backbone_weights(
+    state_dict: Mapping[str, Tensor], prefix: str | None = None
+) -> dict[str, Tensor]:
     """Names as the backbone has them: ``module.`` and ``backbone.`` cut, the classifier dropped.
 
     Args:

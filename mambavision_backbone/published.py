@@ -13,7 +13,7 @@ PUBLISHED_DROP_PATH = 0.2  # what the published code trains with, whatever the c
 
 
 @register_model
-class MM_mamba_vision(MambaVision):  # noqa: N801 (the published type name)
+class MM_mamba_vision(MambaVision):
     """:class:`MambaVision` under the published type name and argument names.
 
     New configs should say ``MambaVision``. This class builds the same network, unchanged, from a

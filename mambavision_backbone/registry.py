@@ -19,9 +19,11 @@ if TYPE_CHECKING:
         init_cfg: Any
 
         def __init__(self, init_cfg: Any = None) -> None: ...
-        def init_weights(self) -> None: ...
+        def init_weights(self) -> None:
+            """Initialise as init_cfg says."""
 
-    def register_model(cls: type) -> type: ...
+    def register_model(cls: type) -> type:
+        """Register a class in mmengine's root registry."""
 
 else:
     try:

@@ -93,7 +93,9 @@ def resolve_arch(arch: str | Mapping[str, Any] | Arch) -> Arch:
         return arch
     if isinstance(arch, str):
         if arch.upper() not in VARIANTS:
-            raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(VARIANTS)} or a dict")
+            raise ValueError(
+                f"unknown arch {arch!r}: choose one of {', '.join(VARIANTS)} or a dict"
+            )
         return VARIANTS[arch.upper()]
     if not isinstance(arch, Mapping):
         raise ValueError(f"arch must be a name or a dict, got {type(arch).__name__}")

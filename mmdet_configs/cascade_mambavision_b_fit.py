@@ -1,4 +1,4 @@
 # The same with windows fitted to the map: no padded tokens, the same weights, much faster.
-_base_ = './cascade_mambavision_b.py'
+_base_ = "./cascade_mambavision_b.py"
 
-model = dict(backbone=dict(window_mode='fit'))
+model = dict(backbone=dict(window_mode="fit"))

@@ -1,6 +1,8 @@
 # Cascade Mask R-CNN 3x with MambaVision-T; published result on COCO val: 51.1 box / 44.3 mask AP.
 # For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
 _base_ = [
-    './_base_/models/cascade_mask_rcnn.py', './_base_/datasets/coco_instance_multiscale.py',
-    './_base_/schedules/schedule_3x.py', './_base_/default_runtime.py'
+    "./_base_/models/cascade_mask_rcnn.py",
+    "./_base_/datasets/coco_instance_multiscale.py",
+    "./_base_/schedules/schedule_3x.py",
+    "./_base_/default_runtime.py",
 ]

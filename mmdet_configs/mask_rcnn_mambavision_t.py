@@ -1,8 +1,10 @@
 # Mask R-CNN 1x with MambaVision-T and fitted windows: for smaller budgets. No published result.
 # For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
 _base_ = [
-    './_base_/models/mask_rcnn.py', './_base_/datasets/coco_instance.py',
-    './_base_/schedules/schedule.py', './_base_/default_runtime.py'
+    "./_base_/models/mask_rcnn.py",
+    "./_base_/datasets/coco_instance.py",
+    "./_base_/schedules/schedule.py",
+    "./_base_/default_runtime.py",
 ]
 
-model = dict(backbone=dict(window_mode='fit'))
+model = dict(backbone=dict(window_mode="fit"))

@@ -1,11 +1,14 @@
 # UPerNet 160k with MambaVision-B; published result on ADE20K val, single scale: 49.1 mIoU.
 # For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
 _base_ = [
-    './_base_/models/upernet.py', './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py', './_base_/default_runtime.py'
+    "./_base_/models/upernet.py",
+    "./_base_/datasets/ade20k.py",
+    "./_base_/schedules/schedule_160k.py",
+    "./_base_/default_runtime.py",
 ]
 
 model = dict(
-    backbone=dict(arch='B'),
+    backbone=dict(arch="B"),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
-    auxiliary_head=dict(in_channels=512))
+    auxiliary_head=dict(in_channels=512),
+)

@@ -1,8 +1,10 @@
 # The demo's segmenter: UPerNet with a narrow MambaVision on drawn shapes (128² images,
 # tools/make_shapes.py), sized to learn from scratch within minutes on one CPU core.
 _base_ = [
-    './_base_/models/upernet.py', './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py', './_base_/default_runtime.py'
+    "./_base_/models/upernet.py",
+    "./_base_/datasets/ade20k.py",
+    "./_base_/schedules/schedule_160k.py",
+    "./_base_/default_runtime.py",
 ]
 
 # model: the published one with fewer channels
@@ -10,53 +12,67 @@ crop_size = (128, 128)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        arch=dict(
-            _delete_=True, dim=32, in_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8)),
+        arch=dict(_delete_=True, dim=32, in_dim=16, depths=(2, 4, 2, 2), num_heads=(1, 2, 4, 8)),
         # maps of 8² and 4² at the last two stages: both are padded, to 2×2 windows and to one
         window_size=(8, 8, 5, 5),
-        drop_path_rate=0.0),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=48, num_classes=7),
-    auxiliary_head=dict(in_channels=128, channels=48, num_classes=7))
+        drop_path_rate=0.0,
+    ),
+    decode_head=dict(
+        in_channels=[32, 64, 128, 256],
+        channels=48,
+        num_classes=7,
+        # most pixels are background, which is learnt at once
+        loss_decode=dict(class_weight=[0.3] + [1.0] * 6),
+    ),
+    auxiliary_head=dict(in_channels=128, channels=48, num_classes=7),
+)
 
 # data
-dataset_type = 'BaseSegDataset'
-data_root = 'data/shapes/ade'
+dataset_type = "BaseSegDataset"
+data_root = "data/shapes/ade"
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
-    dict(type='RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
-    dict(type='PackSegInputs')
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="RandomFlip", prob=[0.25, 0.25], direction=["horizontal", "vertical"]),
+    dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=crop_size, keep_ratio=True),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
-    dict(type='PackSegInputs')
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=crop_size, keep_ratio=True),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
 ]
 _shapes = dict(
     type=dataset_type,
     data_root=data_root,
     reduce_zero_label=True,
     metainfo=dict(
-        classes=('background', 'circle', 'square', 'triangle', 'star', 'cross', 'ring'),
-        palette=[(90, 90, 90), (230, 60, 60), (60, 160, 240), (70, 190, 80), (250, 200, 40),
-                 (170, 80, 210), (250, 130, 30)]))
-train_dataloader = dict(
-    batch_size=8, num_workers=1, dataset=dict(_shapes, pipeline=train_pipeline))
-val_dataloader = dict(
-    batch_size=8, num_workers=1, dataset=dict(_shapes, pipeline=test_pipeline))
+        classes=("background", "circle", "square", "triangle", "star", "cross", "ring"),
+        palette=[
+            (90, 90, 90),
+            (230, 60, 60),
+            (60, 160, 240),
+            (70, 190, 80),
+            (250, 200, 40),
+            (170, 80, 210),
+            (250, 130, 30),
+        ],
+    ),
+)
+train_dataloader = dict(batch_size=4, num_workers=1, dataset=dict(_shapes, pipeline=train_pipeline))
+val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(_shapes, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 # schedule
-max_iters = 1000
-train_cfg = dict(max_iters=max_iters, val_interval=250)
+max_iters = 2000
+train_cfg = dict(max_iters=max_iters, val_interval=500)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=50, end=max_iters, by_epoch=False)
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, begin=100, end=max_iters, by_epoch=False),
 ]
-optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))
+optim_wrapper = dict(optimizer=dict(lr=7e-4), clip_grad=dict(max_norm=5.0))
 default_hooks = dict(
-    logger=dict(interval=20),
-    checkpoint=dict(interval=250, max_keep_ckpts=1, save_best=None))
+    logger=dict(interval=50), checkpoint=dict(interval=500, max_keep_ckpts=1, save_best=None)
+)
 
 del _shapes

@@ -1,4 +1,4 @@
 # The same with windows fitted to the map: no padded tokens, the same weights, faster.
-_base_ = './upernet_mambavision_s.py'
+_base_ = "./upernet_mambavision_s.py"
 
-model = dict(backbone=dict(window_mode='fit'))
+model = dict(backbone=dict(window_mode="fit"))

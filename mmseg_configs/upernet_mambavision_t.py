@@ -1,6 +1,8 @@
 # UPerNet 160k with MambaVision-T; published result on ADE20K val, single scale: 46.0 mIoU.
 # For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
 _base_ = [
-    './_base_/models/upernet.py', './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py', './_base_/default_runtime.py'
+    "./_base_/models/upernet.py",
+    "./_base_/datasets/ade20k.py",
+    "./_base_/schedules/schedule_160k.py",
+    "./_base_/default_runtime.py",
 ]

@@ -87,16 +87,14 @@ def test_fit_equals_pad_where_windows_divide_the_map(tiny_arch: dict[str, Any]) 
 def test_memory_format_does_not_matter(tiny_arch: dict[str, Any]) -> None:
     model = net(tiny_arch)
     x = torch.randn(2, 3, 40, 56)
-    for a, b in zip(
-        model(x), model(x.contiguous(memory_format=torch.channels_last)), strict=True
-    ):
+    for a, b in zip(model(x), model(x.contiguous(memory_format=torch.channels_last)), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("out_norm", ["LN", "BN", "none"])
 @pytest.mark.parametrize("mode", ["pad", "fit"])
 def test_maps_are_contiguous(tiny_arch: dict[str, Any], mode: str, out_norm: str) -> None:
-    """mmcv's RoIAlign ignores strides: a channels-last map gives a detector that never learns."""
+    """Mmcv's RoIAlign ignores strides: a channels-last map gives a detector that never learns."""
     x = torch.randn(2, 3, 40, 56).contiguous(memory_format=torch.channels_last)
     assert all(o.is_contiguous() for o in net(tiny_arch, window_mode=mode, out_norm=out_norm)(x))
 

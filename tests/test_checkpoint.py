@@ -110,9 +110,7 @@ def test_wrong_variant_is_named_with_its_first_tensors() -> None:
 
 @pytest.mark.parametrize("name", ["T", "T2", "S", "B", "L", "L2", "L3"])
 def test_every_published_file_is_recognised(name: str) -> None:
-    weights = {
-        k: torch.empty(s, device="meta") for k, s in published_keys()[name]["keys"].items()
-    }
+    weights = {k: torch.empty(s, device="meta") for k, s in published_keys()[name]["keys"].items()}
     assert guess_variant(weights) == name
 
 

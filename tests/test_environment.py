@@ -228,6 +228,16 @@ def test_interrupted_run_goes_on_where_it_was(sandbox: Sandbox) -> None:
     assert len(done) + len(repeated) == 6
 
 
+def test_changed_versions_are_installed_over_the_old(sandbox: Sandbox) -> None:
+    assert sandbox.run().returncode == 0
+    sandbox.take_calls()
+    for stamp in (sandbox.environment / ".stamps").iterdir():
+        stamp.write_text("key of other versions\n")
+    sandbox.set_free_disk(gigabytes=5)  # the difference needs less than everything
+    assert sandbox.run().returncode == 0
+    assert len(sandbox.take_calls()) == 5
+
+
 def test_mmcv_that_does_not_import_is_built_again(sandbox: Sandbox) -> None:
     assert sandbox.run(FAIL_PROBE="import mmcv.ops").returncode == 1
     built = [call.arguments for call in sandbox.take_calls() if "mmcv" in call.arguments]

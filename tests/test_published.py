@@ -78,7 +78,7 @@ def test_pretrained_becomes_init_cfg() -> None:
     with pytest.warns(UserWarning, match="no effect"):
         model = MM_mamba_vision(**PUBLISHED, pretrained="tiny.pth")
     assert model.init_cfg == {"type": "Pretrained", "checkpoint": "tiny.pth"}
-    with pytest.raises(FileNotFoundError, match="tiny.pth"):
+    with pytest.raises(FileNotFoundError, match=r"tiny\.pth"):
         model.init_weights()
 
 

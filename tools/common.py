@@ -21,7 +21,7 @@ LIBRARIES = {
     "mmseg": "pip install onedl-mmsegmentation (or mmsegmentation)",
 }
 DATA_HELP = {
-    "mmdet": "COCO 2017 (cocodataset.org: train2017.zip, val2017.zip, annotations_trainval2017.zip)",
+    "mmdet": "COCO 2017 (train2017, val2017 and annotations_trainval2017 of cocodataset.org)",
     "mmseg": "ADE20K (ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark)",
 }
 HOOKS = ("CheckBackboneWeightsHook", "NameBadSampleHook")
@@ -36,7 +36,7 @@ def user_errors() -> Iterator[None]:
     """End the program with the message alone where the user can mend what is wrong."""
     try:
         yield
-    except (ToolError, WeightsError, FileNotFoundError) as error:
+    except (ToolError, WeightsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import mmcv
 import torch
 from common import ToolError, user_errors
 
@@ -213,7 +214,7 @@ def task_steps(work: Path, scale: Scale, task: Task) -> list[Step]:
     """Training, evaluation and pictures of one task."""
     folder, data = work / task.name, work / "data" / task.layout
     options = scale.options[task.name]
-    common = ["--data-root", f"{data}/"]
+    common: list[str | Path] = ["--data-root", f"{data}/"]
 
     def train() -> Sequence[str | Path]:
         overrides = ["--cfg-options", *options] if options else []
@@ -222,12 +223,15 @@ def task_steps(work: Path, scale: Scale, task: Task) -> list[Step]:
     def evaluate() -> Sequence[str | Path]:
         # what the report needs for its tables of classes
         if task.layout == "coco":
-            keep = ["--cfg-options", f"test_evaluator.outfile_prefix={folder}/test/predictions"]
+            keep: list[str | Path] = [
+                "--cfg-options",
+                f"test_evaluator.outfile_prefix={folder}/test/predictions",
+            ]
         else:
             keep = ["--out", f"{folder}/test/labels"]
         checkpoint = newest_checkpoint(folder)
-        out = ["--work-dir", folder / "test"]
-        return tool("test.py", task.config, checkpoint, *common, *out, *keep)
+        out = folder / "test"
+        return tool("test.py", task.config, checkpoint, *common, "--work-dir", out, *keep)
 
     def infer() -> Sequence[str | Path]:
         pictures = work / "pictures"
@@ -264,7 +268,7 @@ def enlarge_pictures(work: Path) -> None:
     out = work / "pictures" / "held-out"
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted((work / "data" / "coco" / "val2017").glob("*.jpg"))[:PICTURES]:
-        image = cv2.imread(str(path))
+        image = mmcv.imread(path)
         image = cv2.resize(image, None, fx=ENLARGE, fy=ENLARGE, interpolation=cv2.INTER_CUBIC)
         (out / f"{path.stem}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
@@ -299,7 +303,7 @@ def run_chains(
                 name = job.step.name
                 state.seconds[name] = state.seconds.get(name, 0.0) + now - last_time
             last_time = now
-            if now - last_talk >= TALK_SECONDS:
+            if jobs and now - last_talk >= TALK_SECONDS:
                 last_talk = now
                 write_state(work, state)
                 print(status_line(state, jobs.values()), flush=True)

@@ -20,9 +20,10 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import cv2
+import mmcv
 import numpy as np
 import torch
 from common import read_config, set_data_root
@@ -54,8 +55,8 @@ PAGE = """\
 <meta name="viewport" content="width=device-width">
 <title>MambaVision demo</title>
 <style>
-  body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
-         color: #222; background: #fff }}
+  body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto;
+         padding: 0 1rem; color: #222; background: #fff }}
   table {{ border-collapse: collapse; margin: 0 0 1.5rem }}
   th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left;
             vertical-align: top }}
@@ -133,16 +134,11 @@ def intersections_over_unions(
     size = len(classes) + 1
     confusion = np.zeros((size, size), np.int64)
     for path in sorted(predicted.glob("*.png")):
-        pair = [
-            cv2.imread(str(folder / path.name), cv2.IMREAD_UNCHANGED)
-            for folder in (truth, predicted)
-        ]
-        confusion += np.bincount(
-            pair[0].ravel().astype(np.int64) * size + pair[1].ravel(), minlength=size * size
-        ).reshape(size, size)
-    confusion = confusion[1:, 1:]
-    hits = np.diag(confusion)
-    unions = confusion.sum(0) + confusion.sum(1) - hits
+        labels = [mmcv.imread(folder / path.name, "unchanged") for folder in (truth, predicted)]
+        np.add.at(confusion, tuple(labels), 1)
+    known = confusion[1:, 1:]
+    hits = np.diag(known)
+    unions = known.sum(0) + known.sum(1) - hits
     return {
         name: float(hit / union) if union else float("nan")
         for name, hit, union in zip(classes, hits, unions, strict=True)
@@ -166,7 +162,7 @@ def load_truth(work: Path, task: Task) -> Any:
 
 
 def draw_truth(work: Path, names: Iterable[str]) -> dict[str, list[bytes]]:
-    """The named held-out images with their annotations drawn in, as PNG, for each task."""
+    """The named held-out images with their annotations drawn in, as JPEG, for each task."""
     from mmdet.visualization import DetLocalVisualizer
 
     drawn: dict[str, list[bytes]] = {}
@@ -182,25 +178,27 @@ def draw_truth(work: Path, names: Iterable[str]) -> dict[str, list[bytes]]:
             if task.layout == "coco":
                 visualizer = DetLocalVisualizer(name="truth")
                 visualizer.dataset_meta = meta
+                sample.gt_instances.bboxes = sample.gt_instances.bboxes.tensor
                 visualizer.add_datasample("", image[..., ::-1], sample, draw_pred=False)
                 picture = visualizer.get_image()[..., ::-1]
             else:
                 sample.pred_sem_seg = sample.gt_sem_seg
                 named = SimpleNamespace(classes=meta["classes"], palette=meta["palette"])
-                picture = Segmentations(named, work).draw(image, sample)
+                picture = Segmentations(cast(Any, named), work).draw(image, sample)
             drawn[task.name].append(encode(picture))
     return drawn
 
 
 def encode(picture: NDArray[np.uint8]) -> bytes:
-    """A BGR picture as PNG."""
-    return cv2.imencode(".png", np.ascontiguousarray(picture))[1].tobytes()
+    """A BGR picture as JPEG."""
+    quality = (cv2.IMWRITE_JPEG_QUALITY, 90)
+    return cv2.imencode(".jpg", np.ascontiguousarray(picture), quality)[1].tobytes()
 
 
-def image_tag(png: bytes, title: str) -> str:
-    """A PNG as part of the page."""
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(title)}" loading="lazy">'
+def image_tag(data: bytes, kind: str, title: str) -> str:
+    """An image file as part of the page."""
+    text = base64.b64encode(data).decode("ascii")
+    return f'<img src="data:image/{kind};base64,{text}" alt="{html.escape(title)}">'
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
@@ -282,14 +280,14 @@ def make_page(work: Path, numbers: dict[str, Any]) -> str:
     for i, name in enumerate(names):
         cells = []
         for task in TASKS:
-            found = (work / "pictures" / task.name / "vis" / f"{name}.png").read_bytes()
-            cells += [image_tag(drawn[task.name][i], f"{name}, drawn")]
-            cells += [image_tag(found, f"{name}, found")]
+            found = encode(mmcv.imread(work / "pictures" / task.name / "vis" / f"{name}.png"))
+            cells.append(image_tag(drawn[task.name][i], "jpeg", f"{name}, drawn"))
+            cells.append(image_tag(found, "jpeg", f"{name}, found"))
         rows.append(f'<div class="row">{"".join(cells)}</div>')
     curves = [
         f"<h3>{task.name}</h3>"
         + "".join(
-            image_tag(path.read_bytes(), path.stem)
+            image_tag(path.read_bytes(), "png", path.stem)
             for kind in ("loss", "metrics", "lr")
             if (path := work / "curves" / task.name / f"{kind}.png").exists()
         )

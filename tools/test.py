@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add_run_arguments(parser)
     parser.add_argument(
         "--out",
-        help="detection: write all predictions to this .pkl; segmentation: label maps to this folder",
+        help="write the predictions: a .pkl file for detection, a folder for segmentation",
     )
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="save pictures of the predictions in this folder")

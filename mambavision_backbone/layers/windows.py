@@ -14,15 +14,15 @@ class WindowGrid(NamedTuple):
     """How a map was cut: its size, the number of windows along each axis, and their size."""
 
     hw: tuple[int, int]
-    count: tuple[int, int]
+    counts: tuple[int, int]
     size: tuple[int, int]
 
     @property
     def pad_hw(self) -> tuple[int, int]:
         """Rows added at the bottom and columns added at the right."""
         return (
-            self.count[0] * self.size[0] - self.hw[0],
-            self.count[1] * self.size[1] - self.hw[1],
+            self.counts[0] * self.size[0] - self.hw[0],
+            self.counts[1] * self.size[1] - self.hw[1],
         )
 
 
@@ -50,7 +50,7 @@ def partition(x: Tensor, window: int, mode: str) -> tuple[Tensor, WindowGrid]:
     """
     batch, channels, height, width = x.shape
     grid = window_grid((height, width), window, mode)
-    (rows, cols), (h, w) = grid.count, grid.size
+    (rows, cols), (h, w) = grid.counts, grid.size
     pad_h, pad_w = grid.pad_hw
     if pad_h or pad_w:
         x = F.pad(x, (0, pad_w, 0, pad_h))
@@ -59,8 +59,8 @@ def partition(x: Tensor, window: int, mode: str) -> tuple[Tensor, WindowGrid]:
 
 
 def merge(tokens: Tensor, grid: WindowGrid) -> Tensor:
-    """Tokens (B·windows, L, C) → (B, C, H, W), padding cropped: the inverse of :func:`partition`."""
-    (rows, cols), (h, w) = grid.count, grid.size
+    """Tokens (B·windows, L, C) → (B, C, H, W), cropped: the inverse of :func:`partition`."""
+    (rows, cols), (h, w) = grid.counts, grid.size
     batch = tokens.shape[0] // (rows * cols)
     channels = tokens.shape[2]
     x = tokens.view(batch, rows, cols, h, w, channels).permute(0, 5, 1, 3, 2, 4)

@@ -67,6 +67,8 @@ def test_bad_sample_is_named(wrap: str) -> None:
     hook.before_train(runner)
     hook.before_train(runner)  # a second start does not wrap twice
     assert dataset[0]["img_path"] == "0.jpg"
-    with pytest.raises(RuntimeError, match=r"sample 1\.jpg: OSError: not an image\. Replace") as info:
+    with pytest.raises(
+        RuntimeError, match=r"sample 1\.jpg: OSError: not an image\. Replace"
+    ) as info:
         dataset[1]
     assert str(info.value).count("cannot prepare") == 1

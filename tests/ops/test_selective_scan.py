@@ -121,7 +121,8 @@ def test_none_means_no_skip_and_no_bias() -> None:
     u, dt, A, B, C, D, bias = make_inputs((2, 4, 3, 11))
     zeros = torch.zeros_like(D)
     torch.testing.assert_close(
-        selective_scan(u, dt, A, B, C), selective_scan(u, dt, A, B, C, zeros, torch.zeros_like(bias))
+        selective_scan(u, dt, A, B, C),
+        selective_scan(u, dt, A, B, C, zeros, torch.zeros_like(bias)),
     )
 
 

@@ -90,7 +90,7 @@ check_system() {
 
 check_disk() {
     local need=$gigabytes_for_torch free
-    if is_done torch; then need=$gigabytes_for_the_rest; fi
+    if [ -e "$env/.stamps/torch" ]; then need=$gigabytes_for_the_rest; fi
     read -r _ _ _ free _ < <(df -Pk . | tail -n 1)
     if [ "$free" -lt $((need * 1024 * 1024)) ]; then
         die "$env needs about $need GB of free disk space, $PWD has $((free / 1024 / 1024)) GB: free some," \

@@ -7,15 +7,16 @@ implementations are looked up here, and only here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from . import chunked, mamba_ssm, reference
 
-_FORWARD = {
+_FORWARD: dict[str, Callable[..., Tensor]] = {
     "chunked": chunked.selective_scan,
     "mamba_ssm": mamba_ssm.selective_scan,
     "reference": reference.selective_scan,
@@ -43,7 +44,7 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, dt_softplus, backend = args
     if backend == "chunked":
         with torch.no_grad():
-            return chunked.selective_scan_backward(dy, *inputs, dt_softplus)
+            return chunked.selective_scan_backward(dy, *args[:-1])
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         y = _FORWARD[backend](*leaves, dt_softplus)
@@ -52,16 +53,16 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("mambavision::selective_scan")
-def _forward_fake(u: Tensor, *args: Any) -> Tensor:
+def _forward_fake(u: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("mambavision::selective_scan_backward")
-def _backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward_fake(_dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:7])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     *tensors, ctx.dt_softplus, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
@@ -78,17 +79,22 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.mambavision.selective_scan)
-def selective_scan_flops(u_shape: Any, dt_shape: Any, A_shape: Any, *args: Any, **kwargs: Any) -> int:
+def selective_scan_flops(u: Any, _dt: Any, A: Any, *_: Any, **__: Any) -> int:
     """FLOPs of one forward scan: ``batch * seqlen * dim * (9 * dstate + 1)``.
 
     The field's count (VMamba, and after it most vision Mambas): 9 per state element, 1 for the D
-    skip. docs/selective_scan.md lists what is in the 9.
+    skip. docs/selective_scan.md lists what is in the 9. The arguments are shapes.
     """
-    return math.prod(u_shape) * (9 * A_shape[1] + 1)
+    return math.prod(u) * (9 * A[1] + 1)
 
 
-@register_flop_formula(torch.ops.mambavision.selective_scan_backward)
-def selective_scan_backward_flops(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
+def selective_scan_backward_flops(_dy: Any, *args: Any, **__: Any) -> int:
     """FLOPs of the backward pass, by the convention for matrix products: twice the forward's."""
     return 2 * selective_scan_flops(*args)
+
+
+# Not register_flop_formula: in torch 2.4 it stores the formula where the counter never looks.
+flop_registry[torch.ops.mambavision.selective_scan] = shape_wrapper(selective_scan_flops)
+flop_registry[torch.ops.mambavision.selective_scan_backward] = shape_wrapper(
+    selective_scan_backward_flops
+)
