@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ _SHOWN = 5  # names listed in a message
 # Read from a pickle besides tensors and plain data; engine adds mmengine's own.
 PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,  # timm's training arguments
+    codecs.encode,  # the bytes of numpy's numbers; newer torch admits it itself
     np.dtype,
     np.ndarray,
     np.float64(0).__reduce__()[0],
@@ -96,8 +98,8 @@ def _read_file(path: str) -> Any:
         with _plain_classes():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"WeightsUnpickler error: *([^.\n]*)", str(error))
-        reason = found[1] if found else str(error).splitlines()[0]
+        found = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
+        reason = found[1].split(". ")[0] if found else str(error).splitlines()[0]
         raise WeightsError(
             f"{path!r} is not a checkpoint of tensors and plain data, so it is not loaded: {reason}"
         ) from error

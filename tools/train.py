@@ -10,6 +10,8 @@ The config's default_scope decides the task. Without a GPU the run trains in flo
 from __future__ import annotations
 
 import argparse
+import zipfile
+from pathlib import Path
 
 from common import (
     ToolError,
@@ -58,10 +60,24 @@ def apply_train_arguments(cfg: Config, args: argparse.Namespace) -> None:
             raise ToolError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
+        cfg.load_from = newest_checkpoint(cfg) if args.resume == "auto" else args.resume
+        cfg.resume = cfg.load_from is not None
     if cfg.get("load_from"):
         check_file(cfg.load_from, "checkpoint")
+
+
+def newest_checkpoint(cfg: Config) -> str | None:
+    """The newest complete checkpoint in the work folder, or None to start anew.
+
+    mmengine notes the last checkpoint in a file, which names a missing or half-written one when the
+    process was killed while saving.
+    """
+    files = [*Path(cfg.work_dir).glob("epoch_*.pth"), *Path(cfg.work_dir).glob("iter_*.pth")]
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+        if zipfile.is_zipfile(file):  # its directory is written last
+            return str(file)
+        print(f"{file} is not complete: looking for an older checkpoint")
+    return None
 
 
 def main() -> None:
