@@ -40,6 +40,7 @@ STATE = "demo.json"
 REPORT = "report.html"
 RESULTS = "report.json"
 PICTURES = 8
+SCORE = 0.5  # of the detections that are drawn; below, one shape often has two classes
 ENLARGE = 3  # odd: shrinking the pictures again gives back the very pixels that were learnt from
 DISK_MB = 600
 POLL_SECONDS = 0.5
@@ -85,7 +86,7 @@ class Scale:
     options: dict[str, tuple[str, ...]]
 
 
-FULL = Scale("full", 1600, 200, {task.name: () for task in TASKS})
+FULL = Scale("full", 1200, 200, {task.name: () for task in TASKS})
 SMOKE = Scale(
     "smoke",
     24,
@@ -142,6 +143,24 @@ class State:
     done: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step needs to know of the run.
+
+    Attributes:
+        work: the work folder.
+        state: what it remembers.
+        environment: variables for the programs.
+        lock: descriptor of the lock file. The programs hold it too: should the demo be killed
+            without them, they are not started a second time beside themselves.
+    """
+
+    work: Path
+    state: State
+    environment: dict[str, str]
+    lock: int
 
 
 @dataclass
@@ -211,7 +230,7 @@ def data_step(work: Path, scale: Scale) -> Step:
 
 
 def task_steps(work: Path, scale: Scale, task: Task) -> list[Step]:
-    """Training, evaluation and pictures of one task."""
+    """Training, evaluation, pictures and curves of one task."""
     folder, data = work / task.name, work / "data" / task.layout
     options = scale.options[task.name]
     common: list[str | Path] = ["--data-root", f"{data}/"]
@@ -234,33 +253,26 @@ def task_steps(work: Path, scale: Scale, task: Task) -> list[Step]:
         return tool("test.py", task.config, checkpoint, *common, "--work-dir", out, *keep)
 
     def infer() -> Sequence[str | Path]:
-        pictures = work / "pictures"
-        out = ["--out", pictures / task.name]
-        return tool("infer.py", task.config, newest_checkpoint(folder), pictures / "held-out", *out)
+        inputs, out = work / "pictures" / "held-out", work / "pictures" / task.name
+        checkpoint = newest_checkpoint(folder)
+        keep: list[str | Path] = ["--out", out, "--score-thr", str(SCORE)]
+        return tool("infer.py", task.config, checkpoint, inputs, *keep)
 
     return [
         Step(f"train-{task.name}", train, folder / "last_checkpoint"),
         Step(f"test-{task.name}", evaluate, folder / "test"),
         Step(f"infer-{task.name}", infer, work / "pictures" / task.name / "predictions.json"),
-    ]
-
-
-def closing_steps(work: Path) -> list[Step]:
-    """Curves and the report."""
-    curves = work / "curves"
-    return [
-        *(
-            Step(
-                f"curves-{task.name}",
-                lambda task=task: tool(  # type: ignore[misc]
-                    "plot_logs.py", work / task.name, "--out", curves / task.name
-                ),
-                curves / task.name / "loss.png",
-            )
-            for task in TASKS
+        Step(
+            f"curves-{task.name}",
+            lambda: tool("plot_logs.py", folder, "--out", work / "curves" / task.name),
+            work / "curves" / task.name / "loss.png",
         ),
-        Step("report", lambda: tool("demo_report.py", work), work / REPORT),
     ]
+
+
+def report_step(work: Path) -> Step:
+    """The report."""
+    return Step("report", lambda: tool("demo_report.py", work), work / REPORT)
 
 
 def enlarge_pictures(work: Path) -> None:
@@ -278,14 +290,13 @@ def pending(chain: Sequence[Step], state: State) -> deque[Step]:
     return deque(itertools.dropwhile(lambda s: s.name in state.done and s.result.exists(), chain))
 
 
-def run_chains(
-    chains: Sequence[Sequence[Step]], work: Path, state: State, environment: dict[str, str]
-) -> None:
+def run_chains(chains: Sequence[Sequence[Step]], run: Run) -> None:
     """Run chains of steps beside each other, the steps of each one after the other.
 
     Raises:
         StepFailedError: a step failed; the others are stopped.
     """
+    state = run.state
     queues = [deque(chain) for chain in chains]
     jobs: dict[int, Job] = {}
     last_time = last_talk = time.monotonic()
@@ -293,9 +304,9 @@ def run_chains(
         while jobs or any(queues):
             for i, queue in enumerate(queues):
                 if i in jobs and jobs[i].process.poll() is not None:
-                    finish(jobs.pop(i), work, state)
+                    finish(jobs.pop(i), run)
                 if i not in jobs and queue:
-                    jobs[i] = start(queue.popleft(), work, environment)
+                    jobs[i] = start(queue.popleft(), run)
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
             state.total += now - last_time
@@ -305,32 +316,32 @@ def run_chains(
             last_time = now
             if jobs and now - last_talk >= TALK_SECONDS:
                 last_talk = now
-                write_state(work, state)
+                write_state(run.work, state)
                 print(status_line(state, jobs.values()), flush=True)
     finally:
         for job in jobs.values():
             job.process.terminate()
         for job in jobs.values():
             job.process.wait()
-        if work.exists():
-            write_state(work, state)
+        write_state(run.work, state)
 
 
-def start(step: Step, work: Path, environment: dict[str, str]) -> Job:
+def start(step: Step, run: Run) -> Job:
     """Start a step with its output going to its log."""
-    log = work / "logs" / f"{step.name}.log"
+    log = run.work / "logs" / f"{step.name}.log"
     print(f"{step.name}: started, log {log}", flush=True)
     with log.open("wb") as file:
         process = subprocess.Popen(
             [str(word) for word in step.command()],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, **run.environment},
+            pass_fds=(run.lock,),
         )
     return Job(step, process, log)
 
 
-def finish(job: Job, work: Path, state: State) -> None:
+def finish(job: Job, run: Run) -> None:
     """Note that a step is done.
 
     Raises:
@@ -340,14 +351,15 @@ def finish(job: Job, work: Path, state: State) -> None:
     if job.process.returncode != 0:
         tail = log_tail(job.log, 20000).splitlines()[-LOG_TAIL:]
         print("\n".join(tail), file=sys.stderr)
-        if free_megabytes(work) < DISK_MB / 10:
-            raise StepFailedError(full_disk(work))
+        if free_megabytes(run.work) < DISK_MB / 10:
+            raise StepFailedError(full_disk(run.work))
         raise StepFailedError(
             f"{name} failed (exit code {job.process.returncode}); the end of {job.log} is above. "
             "Started again, the demo goes on from there"
         )
+    state = run.state
     state.done = [*(n for n in state.done if n != name), name]
-    write_state(work, state)
+    write_state(run.work, state)
     print(f"{name}: done in {clock(state.seconds.get(name, 0.0))}", flush=True)
 
 
@@ -418,8 +430,8 @@ def find_device() -> str:
 
 
 @contextmanager
-def sole_user(work: Path) -> Iterator[None]:
-    """Keep a second demo out of the folder.
+def sole_user(work: Path) -> Iterator[int]:
+    """Keep a second demo out of the folder; gives the descriptor of the lock file.
 
     Raises:
         ToolError: another one is running there.
@@ -428,11 +440,11 @@ def sole_user(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolError(f"another demo is running in {work}") from None
-        yield
+            raise ToolError(f"another demo is running in {work}, or programs of one") from None
+        yield lock.fileno()
 
 
-def run_demo(work: Path, scale: Scale) -> None:
+def run_demo(work: Path, scale: Scale, lock: int) -> None:
     """Do what is still to be done.
 
     Raises:
@@ -441,20 +453,20 @@ def run_demo(work: Path, scale: Scale) -> None:
     state = read_state(work, scale)
     chains = [task_steps(work, scale, task) for task in TASKS]
     draw = data_step(work, scale)
-    everything = [draw, *itertools.chain(*chains), *closing_steps(work)]
+    everything = [draw, *itertools.chain(*chains), report_step(work)]
     if not pending(everything, state):
         print(f"{work}: finished before, nothing to do")
         return
     if free_megabytes(work) < DISK_MB and not state.done:
         raise ToolError(full_disk(work))
     state.device = find_device()
-    environment = environment_of(state.device)
+    run = Run(work, state, environment_of(state.device), lock)
     print(f"running on: {state.device}; results go to {work}", flush=True)
     (work / "logs").mkdir(exist_ok=True)
-    run_chains([pending([draw], state)], work, state, environment)
+    run_chains([pending([draw], state)], run)
     enlarge_pictures(work)
-    run_chains([pending(chain, state) for chain in chains], work, state, environment)
-    run_chains([closing_steps(work)], work, state, environment)
+    run_chains([pending(chain, state) for chain in chains], run)
+    run_chains([[report_step(work)]], run)
 
 
 def print_results(work: Path) -> None:
@@ -486,8 +498,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         try:
             work.mkdir(parents=True, exist_ok=True)
-            with sole_user(work):
-                run_demo(work, SMOKE if args.smoke else FULL)
+            with sole_user(work) as lock:
+                run_demo(work, SMOKE if args.smoke else FULL, lock)
                 print_results(work)
         except KeyboardInterrupt:
             raise ToolError("interrupted; the same command goes on from here") from None

@@ -27,7 +27,7 @@ import mmcv
 import numpy as np
 import torch
 from common import read_config, set_data_root
-from demo import ENLARGE, REPORT, RESULTS, TASKS, Task, clock, newest_checkpoint, read_json
+from demo import ENLARGE, REPORT, RESULTS, SCORE, TASKS, Task, clock, newest_checkpoint, read_json
 from infer import Segmentations
 from mmengine.registry import DATASETS, init_default_scope
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ images and evaluated on {val} held-out ones.</p>
 <h2>By class</h2>
 {classes}
 <h2>Held-out images</h2>
-<p>Boxes with scores of at least 0.3; none of these images was trained on.</p>
+<p>Objects with scores of at least {score}; none of these images was trained on.</p>
 <div class="row"><b>objects: drawn</b><b>objects: found</b><b>classes: drawn</b>
 <b>classes: found</b></div>
 {pictures}
@@ -296,6 +296,7 @@ def make_page(work: Path, numbers: dict[str, Any]) -> str:
     smoke = '<p class="notice">Toy scale (--smoke): the numbers mean nothing.</p>'
     return PAGE.format(
         notice=smoke if numbers["scale"] == "smoke" else "",
+        score=SCORE,
         train=numbers["train"],
         val=numbers["val"],
         summary=table(numbers["summary"]),

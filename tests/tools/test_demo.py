@@ -52,6 +52,11 @@ def script(code, name, result):
     return demo.Step(name, lambda: [sys.executable, "-c", code], result)
 
 
+def run_chains(chains, work, state, environment=None):
+    with demo.sole_user(work) as lock:
+        demo.run_chains(chains, demo.Run(work, state, environment or {}, lock))
+
+
 def append(folder, name):
     """A step that leaves a trace each time that it runs."""
     code = f"open({str(folder / 'trace')!r}, 'a').write({name!r} + ' ')"
@@ -104,14 +109,14 @@ def test_a_failed_step_stops_the_others_and_the_next_run_goes_on_there(work, cap
     endless = script("import time; time.sleep(600)", "endless", work / "never")
     started = time.monotonic()
     with pytest.raises(demo.StepFailedError, match=r"fails failed \(exit code 3\)"):
-        demo.run_chains([[append(work, "first"), fails], [endless]], work, state, {})
+        run_chains([[append(work, "first"), fails], [endless]], work, state)
     assert time.monotonic() - started < 60
     assert "the reason" in capfd.readouterr().err
 
     state = demo.read_state(work, demo.SMOKE)
     assert state.done == ["first"]
     chain = [append(work, "first"), append(work, "second")]
-    demo.run_chains([demo.pending(chain, state)], work, state, {})
+    run_chains([demo.pending(chain, state)], work, state)
     assert trace(work) == ["first", "second"]
     assert demo.read_state(work, demo.SMOKE).done == ["first", "second"]
 
@@ -126,7 +131,7 @@ def test_chains_run_beside_each_other(work):
 
     chains = [[script(meet(a, b), a, work / a)] for a, b in ("xy", "yx")]
     state = demo.State("smoke")
-    demo.run_chains(chains, work, state, {})
+    run_chains(chains, work, state)
     assert sorted(state.done) == ["x", "y"]
     assert state.total > 0
     assert set(state.seconds) == {"x", "y"}
@@ -171,6 +176,21 @@ def test_a_second_demo_in_the_same_folder_is_refused(work):
         pass
 
 
+def test_programs_of_a_killed_demo_keep_its_folder(work):
+    program = "import time; time.sleep(600)"
+    step = script(program, "endless", work / "never")
+    with demo.sole_user(work) as lock:
+        job = demo.start(step, demo.Run(work, demo.State("smoke"), {}, lock))
+    try:
+        with pytest.raises(demo.ToolError, match="or programs of one"), demo.sole_user(work):
+            pass
+    finally:
+        job.process.kill()
+        job.process.wait()
+    with demo.sole_user(work):
+        pass
+
+
 def test_a_full_disk_is_one_line(work, monkeypatch):
     usage = shutil.disk_usage(work)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -180,7 +200,7 @@ def test_a_full_disk_is_one_line(work, monkeypatch):
 
 
 def test_a_finished_demo_prints_its_results_again(work, monkeypatch, capsys):
-    steps = [demo.data_step(work, demo.SMOKE), *demo.closing_steps(work)]
+    steps = [demo.data_step(work, demo.SMOKE), demo.report_step(work)]
     for task in demo.TASKS:
         steps += demo.task_steps(work, demo.SMOKE, task)
     for step in steps:
@@ -278,7 +298,7 @@ def test_a_killed_training_resumes_from_its_checkpoint(work):
 
     state = demo.read_state(work, demo.SMOKE)
     assert demo.pending([train], state)
-    demo.run_chains([demo.pending([train], state)], work, state, demo.environment_of("CPU"))
+    run_chains([demo.pending([train], state)], work, state, demo.environment_of("CPU"))
     assert demo.newest_checkpoint(work / task.name).name == "iter_6.pth"
     log = (work / "logs" / f"{train.name}.log").read_text()
     assert "resumed epoch: 0, iter: 3" in log

@@ -1,0 +1,217 @@
+"""Time the backbone beside its peers, and beside itself with the sequential scan.
+
+    python benchmarks/backbone.py --device cpu
+    python benchmarks/backbone.py --device cuda --dtype float16 --train
+
+Every round runs all networks of a shape once, in turn, so that a drift of the machine's speed meets
+all of them; the median over the rounds is reported. The error is ‖a − b‖ / ‖b‖ of the returned maps
+against the same network in float64. Writes a JSON file and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mambavision_backbone import MambaVision
+
+RESULTS = Path(__file__).parent / "results"
+SEGMENTATION, DETECTION = (8, 8, 64, 32), (8, 8, 112, 56)  # published windows
+CASES = {  # name: (shape, windows)
+    "segmentation": ((1, 3, 512, 512), SEGMENTATION),
+    "detection": ((1, 3, 800, 1344), DETECTION),
+}
+PEERS = {"ConvNeXt-T": "convnext_tiny", "ResNet-50": "resnet50"}
+SLOW = "T pad, sequential scan"
+# The goals: case, network, network it is compared with, highest ratio of the times.
+GOALS = [
+    ("segmentation", "T fit", "ConvNeXt-T", 1.15),
+    ("segmentation", "T pad", SLOW, 0.65),
+    ("detection", "T fit", SLOW, 0.25),
+]
+
+
+def networks(windows: tuple[int, ...]) -> dict[str, nn.Module]:
+    """All networks of one case; the MambaVisions share their weights."""
+    torch.manual_seed(0)
+    ours = {
+        "T fit": MambaVision("T", window_size=windows, window_mode="fit"),
+        "T pad": MambaVision("T", window_size=windows),
+        SLOW: MambaVision("T", window_size=windows, scan_backend="reference"),
+    }
+    for model in ours.values():
+        model.load_state_dict(ours["T fit"].state_dict())
+    peers = {name: timm.create_model(key, features_only=True) for name, key in PEERS.items()}
+    return {**ours, **peers}
+
+
+def error_to_float64(model: nn.Module, x: Tensor, run: Callable[[], Any]) -> float:
+    """Relative error of the maps; the float64 network takes the fast scan."""
+    outs = [o.double().cpu() for o in run()]
+    exact = MambaVision(model.arch, window_mode=model.levels[2].window_mode).eval().double()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        wanted = exact.to(x.device)(x.double())
+    pairs = [(o, w.cpu()) for o, w in zip(outs, wanted, strict=True)]
+    return max(((o - w).norm() / w.norm()).item() for o, w in pairs)
+
+
+def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of one case."""
+    shape, windows = CASES[case]
+    shape = (args.batch, *shape[1:])
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    models = networks(windows)
+    if device.type == "cuda":
+        models.pop(SLOW)
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        model.to(device).train(args.train)
+
+        def run(model: nn.Module = model) -> Any:
+            cast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+            with torch.set_grad_enabled(args.train), cast:
+                outs = model(x)
+            if args.train:
+                sum(o.float().square().mean() for o in outs).backward()
+                model.zero_grad(set_to_none=True)
+            return [o.detach() for o in outs]
+
+        runs[name] = run
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, float] = {}
+    for round_ in range(args.rounds + 1):
+        for name, run in runs.items():
+            if name == SLOW and len(times[name]) >= args.slow_rounds:
+                continue
+            show(f"{case}: round {round_}/{args.rounds}, {name}")
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+            if round_ or name == SLOW:  # the first round warms up; the sequential one needs none
+                times[name].append(time.perf_counter() - start)
+    rows = []
+    for name, model in models.items():
+        row = {
+            "case": case,
+            "network": name,
+            "shape": list(shape),
+            "median_s": statistics.median(times[name]),
+            "min_s": min(times[name]),
+            "max_s": max(times[name]),
+            "runs": len(times[name]),
+        }
+        if name in peaks:
+            row["peak_mib"] = peaks[name]
+        if isinstance(model, MambaVision) and not args.train and not args.no_error:
+            show(f"{case}: float64 of {name}")
+            row["error"] = error_to_float64(model, x, runs[name])
+        rows.append(row)
+    return rows
+
+
+def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals' ratios, where both networks were measured."""
+    median = {(row["case"], row["network"]): row["median_s"] for row in rows}
+    return [
+        {
+            "case": case,
+            "network": a,
+            "over": b,
+            "ratio": median[case, a] / median[case, b],
+            "goal": goal,
+        }
+        for case, a, b, goal in GOALS
+        if (case, a) in median and (case, b) in median
+    ]
+
+
+def show(message: str) -> None:
+    """One progress line on a terminal, nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+
+
+def context(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and what was measured."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    return {
+        "device": gpu or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "mode": "training, forward and backward" if args.train else "inference",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "commit": commit,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
+    parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=5, help="counted runs of each network")
+    parser.add_argument(
+        "--slow-rounds", type=int, default=1, help="counted runs of the sequential scan"
+    )
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--train", action="store_true", help="time forward and backward")
+    parser.add_argument("--no-error", action="store_true", help="leave the float64 runs out")
+    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    rows = [row for case in args.cases for row in measure(case, args)]
+    goals = check_goals(rows)
+    show("")
+    facts = context(args)
+    print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    print(
+        f"{'input':16}{'network':26}{'median ms':>10}{'min':>9}{'max':>9}{'runs':>6}{'error':>11}"
+    )
+    for row in rows:
+        size = "×".join(str(n) for n in row["shape"] if n != 3)
+        times = "".join(f"{1e3 * row[k]:9.0f}" for k in ("median_s", "min_s", "max_s"))
+        error = f"{row['error']:11.1e}" if "error" in row else f"{'':>11}"
+        print(f"{size:16}{row['network']:26} {times}{row['runs']:6}{error}")
+    for goal in goals:
+        print(
+            f"{goal['case']}: {goal['network']} / {goal['over']} = {goal['ratio']:.2f} "
+            f"(goal: at most {goal['goal']})"
+        )
+    out = args.out or RESULTS / f"backbone_{args.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**facts, "rows": rows, "goals": goals}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
