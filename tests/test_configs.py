@@ -67,7 +67,7 @@ def test_config_builds(name: str) -> None:
     decays = cfg.optim_wrapper.paramwise_cfg.custom_keys
     names = [n for n, _ in model.named_parameters()]
     assert all(any(key in n for n in names) for key in ("mixer.A_log", "mixer.D"))
-    assert set(decays) == {"mixer.A_log", "mixer.D", "gamma"}
+    assert set(decays) >= {"mixer.A_log", "mixer.D", "gamma"}
 
 
 def test_fit_twins_differ_in_the_windows_alone() -> None:

@@ -12,6 +12,7 @@ finished one prints its results again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import itertools
 import json
@@ -24,7 +25,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ STATE = "demo.json"
 REPORT = "report.html"
 RESULTS = "report.json"
 PICTURES = 8
-SCORE = 0.5  # of the detections that are drawn; below, one shape often has two classes
+SCORE = 0.5
 ENLARGE = 3  # odd: shrinking the pictures again gives back the very pixels that were learnt from
 DISK_MB = 600
 POLL_SECONDS = 0.5
@@ -320,9 +320,7 @@ def run_chains(chains: Sequence[Sequence[Step]], run: Run) -> None:
                 print(status_line(state, jobs.values()), flush=True)
     finally:
         for job in jobs.values():
-            job.process.terminate()
-        for job in jobs.values():
-            job.process.wait()
+            stop(job)
         write_state(run.work, state)
 
 
@@ -337,8 +335,16 @@ def start(step: Step, run: Run) -> Job:
             stderr=subprocess.STDOUT,
             env={**os.environ, **run.environment},
             pass_fds=(run.lock,),
+            start_new_session=True,
         )
     return Job(step, process, log)
+
+
+def stop(job: Job) -> None:
+    """End a program together with its data loaders, which would outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.process.pid, signal.SIGKILL)
+    job.process.wait()
 
 
 def finish(job: Job, run: Run) -> None:
@@ -347,6 +353,7 @@ def finish(job: Job, run: Run) -> None:
     Raises:
         StepFailedError: it failed.
     """
+    stop(job)  # a program that failed can leave data loaders behind
     name = job.step.name
     if job.process.returncode != 0:
         tail = log_tail(job.log, 20000).splitlines()[-LOG_TAIL:]
@@ -429,7 +436,7 @@ def find_device() -> str:
     return torch.cuda.get_device_name()
 
 
-@contextmanager
+@contextlib.contextmanager
 def sole_user(work: Path) -> Iterator[int]:
     """Keep a second demo out of the folder; gives the descriptor of the lock file.
 
@@ -493,7 +500,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     work = args.work_dir.resolve()
     with user_errors():
         try:

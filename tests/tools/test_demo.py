@@ -121,6 +121,36 @@ def test_a_failed_step_stops_the_others_and_the_next_run_goes_on_there(work, cap
     assert demo.read_state(work, demo.SMOKE).done == ["first", "second"]
 
 
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_stopped_programs_take_their_children_along(work):
+    note = work / "child"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"draft = pathlib.Path({str(note)!r} + '.part')\n"
+        f"draft.write_text(str(child.pid)); draft.rename({str(note)!r})\n"
+        "time.sleep(600)"
+    )
+    wait = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(note)!r}).exists(): time.sleep(0.01)\n"
+        "raise SystemExit(1)"
+    )
+    chains = [[script(code, "parent", work / "never")], [script(wait, "fails", work / "never")]]
+    with pytest.raises(demo.StepFailedError, match="fails failed"):
+        run_chains(chains, work, demo.State("smoke"))
+    pid = int(note.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
 def test_chains_run_beside_each_other(work):
     # each waits for the other: one after the other they would never end
     def meet(mine, other):
