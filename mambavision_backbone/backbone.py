@@ -173,7 +173,12 @@ class MambaVision(BaseModule):
         ]
 
     def _freeze(self) -> None:
-        for part in self._frozen_parts():
+        """Stop gradients of frozen parts, and of stages behind the last map: they are not run."""
+        last = self.out_indices[-1]
+        unused: list[nn.Module] = list(self.levels[last + 1 :])
+        if last < STAGES - 1:
+            unused.append(self.levels[last].downsample)  # type: ignore[arg-type]
+        for part in [*self._frozen_parts(), *unused]:
             part.requires_grad_(False)
 
 

@@ -9,7 +9,10 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -22,14 +25,30 @@ _MAY_MISS = re.compile(r"outnorm\d\.|.*num_batches_tracked$")  # made anew where
 _MAY_ADD = re.compile(r"outnorm\d\.")  # of stages that this backbone does not return
 _SHOWN = 5  # names listed in a message
 
+
+def _numpy_constructors() -> list[Any]:
+    """What numpy's scalars and arrays are pickled with, under numpy 1's name and numpy 2's."""
+    constructors: list[Any] = []
+    function: Any
+    for function in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]):
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+
+            def construct(*args: Any, _function: Any = function) -> Any:
+                return _function(*args)
+
+            # The unpickler finds a function by these names.
+            construct.__module__, construct.__name__ = module, function.__name__
+            constructors.append(construct)
+    return constructors
+
+
 # Read from a pickle besides tensors and plain data; engine adds mmengine's own.
 PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,  # timm's training arguments
     codecs.encode,  # the bytes of numpy's numbers; newer torch admits it itself
     np.dtype,
     np.ndarray,
-    np.float64(0).__reduce__()[0],
-    np.zeros(1).__reduce__()[0],
+    *_numpy_constructors(),
     *{type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "b1")},
 ]
 
@@ -59,7 +78,17 @@ def load_pretrained(model: nn.Module, source: str, prefix: str | None = None) ->
 
 
 def read_state_dict(source: str) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint file or http(s) address onto the CPU.
+    """The tensors of a checkpoint file or http(s) address; errors as :func:`read_checkpoint`'s."""
+    content = read_checkpoint(source)
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def read_checkpoint(source: str) -> Mapping[str, Any]:
+    """Read a checkpoint file or http(s) address onto the CPU.
 
     Pickles are read with ``weights_only=True``: nothing in the file is executed.
 
@@ -67,33 +96,41 @@ def read_state_dict(source: str) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         WeightsError: the file is not a checkpoint, or holds objects besides tensors and plain data.
     """
+    path = os.path.expanduser(source)
     if source.startswith(("http://", "https://")):
-        with _plain_classes():
-            content = torch.hub.load_state_dict_from_url(
-                source, map_location="cpu", weights_only=True
-            )
-    else:
-        path = os.path.expanduser(source)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"checkpoint {source!r} does not exist (relative to {os.getcwd()}): check the path "
-                "in init_cfg, load_from or on the command line"
-            )
-        content = _read_file(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+        path = _download(source)
+    elif not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"checkpoint {source!r} does not exist (relative to {os.getcwd()}): check the path "
+            "in init_cfg, load_from or on the command line"
+        )
+    content = _read_file(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{source!r} holds a {type(content).__name__}, not a dict of tensors")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    return content
+
+
+def _download(address: str) -> str:
+    """Fetch a file into torch's hub folder, unless it is there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(address).path).name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(path))
+        except URLError as error:
+            raise WeightsError(f"{address} cannot be fetched: {error}") from error
+    return str(path)
 
 
 def _read_file(path: str) -> Any:
     if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise WeightsError(f"{path!r} is not a safetensors file: {error}") from error
     try:
         with _plain_classes():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -176,7 +213,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
 
 
 def guess_variant(weights: Mapping[str, Tensor]) -> str | None:
-    """The variant whose width, depths and layer scale these weights have, or None."""
+    """The variant whose width and depths these weights have, or None."""
     stem = weights.get("patch_embed.conv_down.3.weight")
     if stem is None or stem.dim() != 4:
         return None

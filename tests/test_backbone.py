@@ -151,6 +151,19 @@ def test_out_norm(tiny_arch: dict[str, Any], out_norm: str) -> None:
         assert outs[0].mean(1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("out_indices", [(0,), (0, 1), (2,), (0, 1, 2, 3)], ids=str)
+def test_every_trainable_parameter_gets_a_gradient(
+    tiny_arch: dict[str, Any], out_indices: tuple[int, ...]
+) -> None:
+    """Distributed training stops at parameters that are waited for in vain."""
+    model = MambaVision(tiny_arch, out_indices=out_indices)
+    sum(o.sum() for o in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert {k for k, _ in MambaVision(tiny_arch).named_parameters()} >= {
+        k for k, _ in model.named_parameters()
+    }
+
+
 def test_frozen_stages_and_norm_eval(tiny_arch: dict[str, Any]) -> None:
     model = MambaVision(tiny_arch, frozen_stages=2, norm_eval=True).train()
     frozen = {k.split(".blocks")[0] for k, p in model.named_parameters() if not p.requires_grad}

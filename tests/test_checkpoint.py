@@ -81,6 +81,19 @@ def test_layouts(
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+def test_numbers_of_numpy_1_and_2(module: bytes, tmp_path: Path) -> None:
+    """Files of either are read under either."""
+    file = tmp_path / "x.pth"
+    content = {"state_dict": {"x": torch.ones(2)}, "best": np.float64(1), "log": np.ones(3)}
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    data = file.read_bytes()
+    own = b"numpy._core" if b"numpy._core" in data else b"numpy.core"
+    assert own in data
+    file.write_bytes(data.replace(own, module))
+    assert read_state_dict(str(file))["x"].tolist() == [1, 1]
+
+
 def test_prefix_and_fewer_outputs(source: MambaVision, tiny_arch: Any, tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     torch.save({f"student.{k}": v for k, v in source.state_dict().items()}, file)
@@ -182,3 +195,12 @@ def test_address(
     write(source, "module", tmp_path)
     weights: dict[str, Tensor] = read_state_dict(f"{server}/module.pth")
     assert "module.patch_embed.conv_down.0.weight" in weights
+    write(source, "safetensors", tmp_path)
+    assert read_state_dict(f"{server}/weights.safetensors").keys() == source.state_dict().keys()
+    with pytest.raises(WeightsError, match=r"none\.pth cannot be fetched"):
+        read_state_dict(f"{server}/none.pth")
+    marker = tmp_path / "marker"
+    torch.save({"x": _Evil(str(marker))}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
+        read_state_dict(f"{server}/evil.pth")
+    assert not marker.exists()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
+from torch import Tensor, nn
 
-from mambavision_backbone.checkpoint import WeightsError
+from mambavision_backbone import MambaVision
+from mambavision_backbone.checkpoint import WeightsError, backbone_weights, check_weights
 
 LIBRARIES = {
     "mmdet": "pip install onedl-mmdetection (or mmdet)",
@@ -24,6 +27,7 @@ DATA_HELP = {
     "mmdet": "COCO 2017 (train2017, val2017 and annotations_trainval2017 of cocodataset.org)",
     "mmseg": "ADE20K (ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark)",
 }
+SHOWN = 5  # tensors named in a message
 HOOKS = ("CheckBackboneWeightsHook", "NameBadSampleHook")
 
 
@@ -36,8 +40,12 @@ def user_errors() -> Iterator[None]:
     """End the program with the message alone where the user can mend what is wrong."""
     try:
         yield
-    except (ToolError, WeightsError, OSError) as error:
+    except (ToolError, WeightsError, FileNotFoundError, PermissionError) as error:
         raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit(f"error: the disk is full: {error}. Free some and resume") from error
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +86,6 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.data_root:
         set_data_root(cfg, args.data_root)
     _add_hooks(cfg)
-    if not torch.cuda.is_available():
-        fit_to_cpu(cfg)
     return cfg
 
 
@@ -119,13 +125,14 @@ def set_data_root(cfg: Config, root: str) -> None:
     for split in ("train", "val", "test"):
         old_roots = []
         for dataset in _datasets(cfg, split):
-            old_roots.append(dataset.get("data_root", ""))
+            old_roots.append(dataset.get("data_root"))
             dataset.data_root = root
         evaluators = cfg.get(f"{split}_evaluator") or []
         for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-            for old in old_roots:
-                if evaluator.get("ann_file", "").startswith(old):
-                    evaluator.ann_file = os.path.join(root, evaluator.ann_file[len(old) :])
+            annotations = evaluator.get("ann_file") or ""
+            for old in filter(None, old_roots):
+                if Path(annotations).is_relative_to(old):
+                    evaluator.ann_file = os.path.join(root, os.path.relpath(annotations, old))
 
 
 def check_data(cfg: Config, *splits: str) -> None:
@@ -163,6 +170,45 @@ def check_file(path: str, what: str) -> None:
         raise ToolError(f"{what} {path!r} does not exist (relative to {os.getcwd()})")
 
 
+def check_model_weights(
+    model: nn.Module, checkpoint: Mapping[str, Any], path: str
+) -> dict[str, Tensor]:
+    """Make sure that a checkpoint fits a whole detector or segmenter; mmengine only logs misfits.
+
+    Returns:
+        The state dict, without a ``module.`` prefix.
+
+    Raises:
+        WeightsError: the backbone's tensors do not fit.
+        ToolError: other tensors do not fit.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, MambaVision):
+        check_weights(backbone, backbone_weights(state), path)
+    own = model.state_dict()
+    faults = [
+        f"{k}: file {tuple(v.shape)}, model {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    faults += [
+        f"{k}: missing" for k in own if k not in state and not k.endswith("num_batches_tracked")
+    ]
+    # the auxiliary head is for training: a config may have dropped it
+    faults += [
+        f"{k}: left over" for k in state if k not in own and not k.startswith("auxiliary_head.")
+    ]
+    if faults:
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise ToolError(
+            f"{path!r} does not fit the config's model: {'; '.join(faults[:SHOWN])}{more}. Give "
+            "the config that the checkpoint was trained with"
+        )
+    return state
+
+
 def _add_hooks(cfg: Config) -> None:
     """Give configs of other projects the plugin's hooks too."""
     hooks = cfg.get("custom_hooks") or []
@@ -171,7 +217,9 @@ def _add_hooks(cfg: Config) -> None:
 
 
 def fit_to_cpu(cfg: Config) -> None:
-    """Replace what only a GPU can do, saying each in one line."""
+    """Without a GPU, replace what only a GPU can do, saying each in one line."""
+    if torch.cuda.is_available():
+        return
     wrapper = cfg.get("optim_wrapper") or {}
     if wrapper.get("type") == "AmpOptimWrapper":
         for key in ("loss_scale", "dtype", "use_fsdp"):
@@ -180,7 +228,11 @@ def fit_to_cpu(cfg: Config) -> None:
         _say("no GPU: training in float32 (AmpOptimWrapper needs one)")
     if _replace_type(cfg.model, "SyncBN", "BN"):
         _say("no GPU: SyncBN replaced by BN")
-    if cfg.launcher != "none":
+    if cfg.launcher not in ("none", "pytorch"):
+        raise ToolError(
+            f"no GPU: --launcher {cfg.launcher} needs GPUs, tools/dist_train.sh works without"
+        )
+    if cfg.launcher == "pytorch":
         # mmengine's own start-up calls CUDA; a group that is already there is used as it is
         cfg.setdefault("env_cfg", {})["dist_cfg"] = {"backend": "gloo"}
         cfg.model_wrapper_cfg = {

@@ -25,7 +25,6 @@ from typing import Any, cast
 import cv2
 import mmcv
 import numpy as np
-import torch
 from common import read_config, set_data_root
 from demo import ENLARGE, REPORT, RESULTS, SCORE, TASKS, Task, clock, newest_checkpoint, read_json
 from infer import Segmentations
@@ -33,6 +32,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from mambavision_backbone.checkpoint import read_state_dict
 
 PACKAGES = (
     "mambavision-backbone",
@@ -95,7 +96,7 @@ def newest_metrics(folder: Path) -> dict[str, float]:
 
 def count_parameters(checkpoint: Path) -> int:
     """Parameters of the model of a checkpoint."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+    state = read_state_dict(str(checkpoint))
     return sum(v.numel() for k, v in state.items() if not k.endswith(BUFFERS))
 
 

@@ -25,9 +25,8 @@ import colorsys
 import io
 import json
 import os
-import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,24 +35,21 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import ToolError, check_file, read_config, user_errors
+from common import ToolError, check_file, check_model_weights, read_config, user_errors
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from mmengine.visualization import Visualizer
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from torch import nn
 
-from mambavision_backbone import MambaVision
-from mambavision_backbone.checkpoint import backbone_weights, check_weights
+from mambavision_backbone.checkpoint import read_checkpoint
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
-SHOWN = 5  # tensors named in a message
 OPACITY = 0.55  # of the colours over a segmented image
 SMALLEST_NAMED = 4  # pixels from a region's middle to its edge, below which it gets no name
 
@@ -240,38 +236,10 @@ def test_dataset(cfg: Config) -> ConfigDict:
     return dataset
 
 
-def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
+def load_weights(model: nn.Module, path: str) -> Mapping[str, Any]:
     """Load a checkpoint into the whole model, strictly; returns its meta data."""
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ToolError(
-            f"{path!r} cannot be read as a checkpoint (truncated download?): {reason}"
-        ) from error
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if isinstance(model.backbone, MambaVision):
-        check_weights(model.backbone, backbone_weights(state), path)
-    own = model.state_dict()
-    faults = [
-        f"{k}: file {tuple(v.shape)}, model {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
-    ]
-    faults += [
-        f"{k}: missing" for k in own if k not in state and not k.endswith("num_batches_tracked")
-    ]
-    # the auxiliary head is for training: a config may have dropped it
-    faults += [
-        f"{k}: left over" for k in state if k not in own and not k.startswith("auxiliary_head.")
-    ]
-    if faults:
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise ToolError(
-            f"{path!r} does not fit the config's model: {'; '.join(faults[:SHOWN])}{more}. Give "
-            "the config that the checkpoint was trained with"
-        )
+    checkpoint = read_checkpoint(path)
+    state = check_model_weights(model, checkpoint, path)
     model.load_state_dict(state, strict=False)
     return checkpoint.get("meta") or {}
 

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from common import (
     ToolError,
     add_run_arguments,
     check_data,
     check_file,
+    check_model_weights,
+    fit_to_cpu,
     load_config,
     user_errors,
 )
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from mambavision_backbone.checkpoint import read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +48,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def evaluators_of(cfg: Config) -> list[dict[str, Any]]:
+    """The test evaluators, of which a config may give one or a list."""
+    evaluators = cfg.test_evaluator
+    return evaluators if isinstance(evaluators, list) else [evaluators]
+
+
 def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
     """Put the arguments of this tool into the config."""
     cfg.load_from = args.checkpoint
@@ -50,11 +62,13 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
     if args.out and cfg.default_scope == "mmdet":
         if Path(args.out).suffix not in (".pkl", ".pickle"):
             raise ToolError(f"--out {args.out!r}: predictions of a detector go to a .pkl file")
-        evaluators = cfg.test_evaluator
-        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
-        cfg.test_evaluator = [*evaluators, dict(type="DumpDetResults", out_file_path=args.out)]
+        cfg.test_evaluator = [
+            *evaluators_of(cfg),
+            dict(type="DumpDetResults", out_file_path=args.out),
+        ]
     elif args.out:
-        cfg.test_evaluator["output_dir"] = args.out
+        for evaluator in evaluators_of(cfg):
+            evaluator["output_dir"] = args.out
     if args.show or args.show_dir:
         hook = cfg.default_hooks.get("visualization")
         if hook is None:
@@ -74,8 +88,11 @@ def main() -> None:
         check_file(args.checkpoint, "checkpoint")
         cfg = load_config(args)
         apply_test_arguments(cfg, args)
+        fit_to_cpu(cfg)
         check_data(cfg, "test")
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        check_model_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
         runner.test()
 
 

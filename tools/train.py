@@ -1,7 +1,7 @@
 """Train a detector (mmdet config) or a segmenter (mmseg config).
 
     python tools/train.py mmdet_configs/cascade_mambavision_t.py --data-root data/coco
-    python tools/train.py mmseg_configs/upernet_mambavision_t.py --data-root data/ade20k
+    python tools/train.py mmseg_configs/upernet_mambavision_t.py --data-root data/ade
     bash tools/dist_train.sh mmdet_configs/cascade_mambavision_t.py 8
 
 The config's default_scope decides the task. Without a GPU the run trains in float32 on the CPU.
@@ -18,6 +18,7 @@ from common import (
     add_run_arguments,
     check_data,
     check_file,
+    fit_to_cpu,
     load_config,
     user_errors,
 )
@@ -52,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 def apply_train_arguments(cfg: Config, args: argparse.Namespace) -> None:
     """Put the arguments of this tool into the config."""
-    if args.amp and cfg.optim_wrapper.type == "OptimWrapper":
+    if args.amp and cfg.optim_wrapper.get("type", "OptimWrapper") == "OptimWrapper":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     if args.auto_scale_lr:
@@ -60,8 +61,9 @@ def apply_train_arguments(cfg: Config, args: argparse.Namespace) -> None:
             raise ToolError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.load_from = newest_checkpoint(cfg) if args.resume == "auto" else args.resume
-        cfg.resume = cfg.load_from is not None
+        found = newest_checkpoint(cfg) if args.resume == "auto" else args.resume
+        if found:
+            cfg.load_from, cfg.resume = found, True
     if cfg.get("load_from"):
         check_file(cfg.load_from, "checkpoint")
 
@@ -86,6 +88,7 @@ def main() -> None:
     with user_errors():
         cfg = load_config(args)
         apply_train_arguments(cfg, args)
+        fit_to_cpu(cfg)
         check_data(cfg, "train", "val")
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
         runner.train()

@@ -10,7 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from ..backbone import MambaVision
-from ..checkpoint import backbone_weights, check_weights
+from ..checkpoint import WeightsError, backbone_weights, check_weights
 
 
 @HOOKS.register_module()
@@ -27,8 +27,15 @@ class CheckBackboneWeightsHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         backbone = getattr(model, "backbone", None)
         if isinstance(backbone, MambaVision):
-            weights = backbone_weights(checkpoint.get("state_dict", checkpoint))
-            check_weights(backbone, weights, source=str(runner._load_from or "checkpoint"))
+            source = str(runner._load_from or "checkpoint")
+            # mmengine loads by whole names, so weights without the prefix would all be left out
+            weights = backbone_weights(checkpoint.get("state_dict", checkpoint), "backbone.")
+            if not weights:
+                raise WeightsError(
+                    f"{source!r} holds no weights named backbone.*: it is not a detector or "
+                    "segmenter. An ImageNet file belongs in model.backbone.init_cfg"
+                )
+            check_weights(backbone, weights, source)
 
 
 @HOOKS.register_module()

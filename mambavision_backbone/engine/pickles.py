@@ -20,7 +20,7 @@ def _statistic(owner: Any, name: str) -> Any:
 
 
 # The unpickler finds a function by these names.
-_statistic.__module__, _statistic.__name__, _statistic.__qualname__ = "builtins", *["getattr"] * 2
+_statistic.__module__, _statistic.__name__ = "builtins", "getattr"
 
 
 def admit_history() -> None:

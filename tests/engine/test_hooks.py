@@ -38,6 +38,15 @@ def test_other_variant_stops(tiny_arch: dict[str, Any]) -> None:
         )
 
 
+def test_classification_file_stops(tiny_arch: dict[str, Any]) -> None:
+    """Nothing of it would be loaded, and the run would go on from random weights."""
+    backbone = MambaVision(tiny_arch)
+    with pytest.raises(WeightsError, match=r"'some.pth' holds no weights named backbone"):
+        CheckBackboneWeightsHook().after_load_checkpoint(
+            _runner(backbone), {"state_dict": backbone.state_dict()}
+        )
+
+
 def test_other_backbones_are_left_alone() -> None:
     CheckBackboneWeightsHook().after_load_checkpoint(
         _runner(nn.Conv2d(1, 1, 1)), {"state_dict": {"backbone.x": 1}}

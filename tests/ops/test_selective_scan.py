@@ -157,6 +157,24 @@ def test_opcheck() -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_results_have_the_strides_of_their_fakes(backend: str) -> None:
+    """Compiled code relies on them; opcheck does not compare them."""
+    inputs = [x.detach() for x in make_inputs((2, 4, 3, 5))]
+    wide = torch.cat(inputs[:2], 2)
+    inputs[:2] = wide[..., :4], wide[..., 4:]
+    dy = torch.randn(2, 4, 5, dtype=torch.float64).transpose(1, 2)
+    ops = torch.ops.mambavision
+    y = ops.selective_scan(*inputs, True, backend)
+    grads = ops.selective_scan_backward(dy, *inputs, True, backend)
+    metas = [x.to("meta") for x in inputs]
+    y_fake = ops.selective_scan(*metas, True, backend)
+    fakes = ops.selective_scan_backward(dy.to("meta"), *metas, True, backend)
+    for real, fake in zip([y, *grads], [y_fake, *fakes], strict=True):
+        assert real.stride() == fake.stride()
+        assert real.shape == fake.shape
+
+
 @pytest.mark.slow
 def test_compiles_in_one_graph() -> None:
     inputs = make_inputs((2, 4, 3, 5))

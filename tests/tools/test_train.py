@@ -94,7 +94,7 @@ def test_train_test_and_resume(scope: str, shapes: Path, tmp_path: Path) -> None
     """One iteration or epoch, an evaluation, the same numbers by test.py, and a resumed run."""
     work_dir = tmp_path / "run"
     common = ["--data-root", roots(shapes)[scope], "--work-dir", work_dir]
-    trained = tool("train.py", CONFIGS[scope], *common, *options(scope))
+    trained = tool("train.py", CONFIGS[scope], *common, "--amp", *options(scope))
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "no GPU: SyncBN replaced by BN" in trained.stdout + trained.stderr
     scalars = next(work_dir.glob("*/vis_data/scalars.json")).read_text().splitlines()
@@ -291,6 +291,27 @@ def test_missing_pretrained_file_is_named(shapes: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "error: checkpoint 'no.pth' does not exist" in done.stderr
+
+
+@pytest.mark.slow
+def test_other_heads_are_not_evaluated(shapes: Path, tmp_path: Path) -> None:
+    """Mmengine would log the misfit and evaluate random heads."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(CONFIGS["mmseg"])
+    init_default_scope("mmseg")
+    cfg.model.decode_head.num_classes = 9
+    for part in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        part.norm_cfg = dict(type="BN")
+    file = tmp_path / "nine.pth"
+    torch.save({"state_dict": MODELS.build(cfg.model).state_dict()}, file)
+    done = tool(
+        "test.py",
+        *[CONFIGS["mmseg"], file, "--data-root", shapes / "ade", "--work-dir", tmp_path / "run"],
+    )
+    assert done.returncode == 1
+    assert "does not fit the config's model: decode_head.conv_seg.weight: file (9, " in done.stderr
 
 
 @pytest.mark.slow

@@ -128,6 +128,8 @@ def _check(
         raise ValueError(f"u must be a float tensor, got {u.dtype}")
     if seqlen == 0:
         raise ValueError("seqlen is 0: the scan needs at least one token")
+    if 0 in (batch, dim, dstate):
+        raise ValueError(f"empty input: batch {batch}, dim {dim}, dstate {dstate}")
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue

@@ -237,7 +237,7 @@ def selective_scan_backward(
     return (
         du.to(u.dtype),
         ddt.to(dt.dtype),
-        dAt.t().to(A.dtype),
+        dAt.t().contiguous().to(A.dtype),
         dB.to(B.dtype),
         dC.to(C.dtype),
         dD.to(D.dtype),

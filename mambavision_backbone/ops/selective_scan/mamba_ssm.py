@@ -45,4 +45,4 @@ def selective_scan(
         delta_bias=dt_bias.float(),
         delta_softplus=dt_softplus,
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).contiguous()

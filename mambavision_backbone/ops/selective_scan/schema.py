@@ -49,7 +49,7 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         y = _FORWARD[backend](*leaves, dt_softplus)
         grads = torch.autograd.grad(y, leaves, dy)
-    return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+    return tuple(g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True))
 
 
 @torch.library.register_fake("mambavision::selective_scan")
