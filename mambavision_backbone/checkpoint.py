@@ -37,7 +37,8 @@ def _numpy_constructors() -> list[Any]:
                 return _function(*args)
 
             # The unpickler finds a function by these names.
-            construct.__module__, construct.__name__ = module, function.__name__
+            construct.__module__ = module
+            construct.__name__ = construct.__qualname__ = function.__name__
             constructors.append(construct)
     return constructors
 

@@ -68,8 +68,8 @@ val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(_shapes, pipelin
 test_dataloader = val_dataloader
 
 # schedule
-max_iters = 1800
-train_cfg = dict(max_iters=max_iters, val_interval=600)
+max_iters = 2000
+train_cfg = dict(max_iters=max_iters, val_interval=500)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=100, end=max_iters, by_epoch=False),
@@ -85,7 +85,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
 )
 default_hooks = dict(
-    logger=dict(interval=50), checkpoint=dict(interval=300, max_keep_ckpts=2, save_best=None)
+    logger=dict(interval=50), checkpoint=dict(interval=250, max_keep_ckpts=2, save_best=None)
 )
 
 del _shapes, _classifier

@@ -245,7 +245,7 @@ def load_weights(model: nn.Module, path: str) -> Mapping[str, Any]:
 
 
 def classes_of(
-    model: nn.Module, meta: dict[str, Any], dataset: ConfigDict
+    model: nn.Module, meta: Mapping[str, Any], dataset: ConfigDict
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     """Names and RGB colours of the classes: the checkpoint's, else the config's, else numbers."""
     number = number_of_classes(model)

@@ -20,7 +20,8 @@ def _statistic(owner: Any, name: str) -> Any:
 
 
 # The unpickler finds a function by these names.
-_statistic.__module__, _statistic.__name__ = "builtins", "getattr"
+_statistic.__module__ = "builtins"
+_statistic.__name__ = _statistic.__qualname__ = "getattr"
 
 
 def admit_history() -> None:
