@@ -37,6 +37,9 @@ NARROW = [
 ]
 DETECTION = [
     *NARROW,
+    "model.test_cfg.rpn.max_per_img=20",
+    "model.train_cfg.rpn_proposal.max_per_img=20",
+    *(f"model.train_cfg.rcnn.{stage}.sampler.num=16" for stage in range(3)),
     "model.neck.in_channels=[16,32,64,128]",
     "train_cfg.max_epochs=1",
     "model.backbone.window_size=(8,8,14,7)",
