@@ -48,6 +48,14 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(f"error: the disk is full: {error}. Free some and resume") from error
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every tool that builds a runner."""
     parser.add_argument(
@@ -120,6 +128,12 @@ def _datasets(cfg: Config, split: str) -> Iterator[ConfigDict]:
                 yield dataset
 
 
+def evaluators_of(cfg: Config, split: str) -> list[dict[str, Any]]:
+    """A split's evaluators, of which a config may give none, one or a list."""
+    evaluators = cfg.get(f"{split}_evaluator") or []
+    return evaluators if isinstance(evaluators, list) else [evaluators]
+
+
 def set_data_root(cfg: Config, root: str) -> None:
     """Put every split's data set, and the evaluators' annotation files, under another folder."""
     for split in ("train", "val", "test"):
@@ -127,12 +141,11 @@ def set_data_root(cfg: Config, root: str) -> None:
         for dataset in _datasets(cfg, split):
             old_roots.append(dataset.get("data_root"))
             dataset.data_root = root
-        evaluators = cfg.get(f"{split}_evaluator") or []
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        for evaluator in evaluators_of(cfg, split):
             annotations = evaluator.get("ann_file") or ""
             for old in filter(None, old_roots):
                 if Path(annotations).is_relative_to(old):
-                    evaluator.ann_file = os.path.join(root, os.path.relpath(annotations, old))
+                    evaluator["ann_file"] = os.path.join(root, os.path.relpath(annotations, old))
 
 
 def check_data(cfg: Config, *splits: str) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ToolError, read_config, user_errors
+from common import ToolError, positive, read_config, user_errors
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -272,14 +272,6 @@ def write_json(path: str, title: str, hw: tuple[int, int], result: Count) -> Non
         "parts": [asdict(part) for part in result.parts],
     }
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def parse_args() -> argparse.Namespace:

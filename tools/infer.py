@@ -35,7 +35,7 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import ToolError, check_file, check_model_weights, read_config, user_errors
+from common import ToolError, check_file, check_model_weights, positive, read_config, user_errors
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
@@ -520,14 +520,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ToolError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
     return device
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from common import (
     ToolError,
@@ -18,6 +17,7 @@ from common import (
     check_data,
     check_file,
     check_model_weights,
+    evaluators_of,
     fit_to_cpu,
     load_config,
     user_errors,
@@ -48,12 +48,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluators_of(cfg: Config) -> list[dict[str, Any]]:
-    """The test evaluators, of which a config may give one or a list."""
-    evaluators = cfg.test_evaluator
-    return evaluators if isinstance(evaluators, list) else [evaluators]
-
-
 def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
     """Put the arguments of this tool into the config."""
     cfg.load_from = args.checkpoint
@@ -63,11 +57,11 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
         if Path(args.out).suffix not in (".pkl", ".pickle"):
             raise ToolError(f"--out {args.out!r}: predictions of a detector go to a .pkl file")
         cfg.test_evaluator = [
-            *evaluators_of(cfg),
+            *evaluators_of(cfg, "test"),
             dict(type="DumpDetResults", out_file_path=args.out),
         ]
     elif args.out:
-        for evaluator in evaluators_of(cfg):
+        for evaluator in evaluators_of(cfg, "test"):
             evaluator["output_dir"] = args.out
     if args.show or args.show_dir:
         hook = cfg.default_hooks.get("visualization")
