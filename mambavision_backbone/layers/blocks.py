@@ -6,6 +6,8 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from .windows import Crop
+
 
 class ConvBlock(nn.Module):
     """Residual block of the first two stages, (B, C, H, W) → same.
@@ -44,7 +46,7 @@ class TokenBlock(nn.Module):
 
     Args:
         dim: C.
-        mixer: module on (B·windows, L, C).
+        mixer: module on (B·windows, L, C); takes ``keep`` as the block does.
         mlp_ratio: hidden width of the MLP over C.
         drop_path: probability of skipping a branch, per window.
         layer_scale: initial value of gamma_1 and gamma_2, or None for no gammas.
@@ -67,9 +69,10 @@ class TokenBlock(nn.Module):
         self.gamma_1 = _gamma(dim, layer_scale)
         self.gamma_2 = _gamma(dim, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
-        x = x + self.drop_path(_scale(self.mixer(self.norm1(x)), self.gamma_1))
+    def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
+        """Apply the block; with ``keep``, return the kept tokens only."""
+        y = self.drop_path(_scale(self.mixer(self.norm1(x), keep), self.gamma_1))
+        x = (x if keep is None else keep(x)) + y
         return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.selective_scan import selective_scan
+from .windows import Crop
 
 D_STATE = 8
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial step sizes (Mamba)
@@ -54,8 +55,8 @@ class MambaVisionMixer(nn.Module):
             # The bias enters twice (see forward), so half of softplus's inverse each time.
             self.dt_proj.bias.copy_(torch.log(torch.expm1(steps)) / 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the tokens of each window."""
+    def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
+        """Mix the tokens of each window; with ``keep``, return the kept tokens only."""
         weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])
         xz = self.in_proj(x).transpose(1, 2)  # B, C, L
         xz = F.silu(F.conv1d(xz, weight, padding=1, groups=weight.shape[0])).transpose(1, 2)
@@ -73,4 +74,5 @@ class MambaVisionMixer(nn.Module):
             self.dt_proj.bias,
             backend=self.scan_backend,
         )
-        return self.out_proj(torch.cat([y, z], dim=2))
+        y = torch.cat([y, z], dim=2)
+        return self.out_proj(y if keep is None else keep(y))

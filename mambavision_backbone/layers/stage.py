@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,10 @@ class _Stage(nn.Module):
         self.downsample = Downsample(dim) if downsample else None
         self.with_cp = with_cp
 
-    def _run_blocks(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
 
 class ConvStage(_Stage):
@@ -54,7 +52,9 @@ class ConvStage(_Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks."""
-        return self._run_blocks(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return x
 
 
 class TokenStage(_Stage):
@@ -106,4 +106,8 @@ class TokenStage(_Stage):
     def forward(self, x: Tensor) -> Tensor:
         """Cut into windows, run the blocks, put back."""
         tokens, grid = partition(x, self.window_size, self.window_mode)
-        return merge(self._run_blocks(tokens), grid)
+        keep, grid = grid.crop()  # nobody reads what the last block makes of padding
+        *others, last = self.blocks
+        for block in others:
+            tokens = self._run(block, tokens)
+        return merge(self._run(last, tokens, keep), grid)

@@ -10,6 +10,20 @@ from torch import Tensor
 WINDOW_MODES = ("pad", "fit")
 
 
+class Crop(NamedTuple):
+    """Picks the positions of a window that are of use: the top left ``kept`` of its ``size``.
+
+    Called with tokens (B·windows, L, C), it returns the kept ones, in raster order.
+    """
+
+    size: tuple[int, int]
+    kept: tuple[int, int]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Leave the other tokens out."""
+        return tokens.unflatten(1, self.size)[:, : self.kept[0], : self.kept[1]].flatten(1, 2)
+
+
 class WindowGrid(NamedTuple):
     """How a map was cut: its size, the number of windows along each axis, and their size."""
 
@@ -24,6 +38,21 @@ class WindowGrid(NamedTuple):
             self.counts[0] * self.size[0] - self.hw[0],
             self.counts[1] * self.size[1] - self.hw[1],
         )
+
+    def crop(self) -> tuple[Crop | None, WindowGrid]:
+        """The crop that drops padded positions, and the grid of cropped windows.
+
+        Along an axis that one window covers, padding is the end of every window and can go; else
+        only some windows have it, and all keep it. No crop if nothing can go.
+        """
+        height, width = (
+            min(size, hw) if count == 1 else size
+            for size, hw, count in zip(self.size, self.hw, self.counts, strict=True)
+        )
+        if (height, width) == self.size:
+            return None, self
+        kept = (height, width)
+        return Crop(self.size, kept), self._replace(size=kept)
 
 
 def window_grid(hw: tuple[int, int], window: int, mode: str) -> WindowGrid:

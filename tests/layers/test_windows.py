@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from mambavision_backbone.layers.windows import merge, partition, window_grid
+from mambavision_backbone.layers.attention import Attention
+from mambavision_backbone.layers.blocks import TokenBlock
+from mambavision_backbone.layers.mixer import MambaVisionMixer
+from mambavision_backbone.layers.windows import Crop, merge, partition, window_grid
 
 SIZES = [(1, 1), (1, 7), (8, 8), (9, 8), (16, 24), (13, 5), (3, 31)]
 
@@ -44,3 +48,32 @@ def test_fit_mode_wastes_fewer_rows_than_windows(size: int) -> None:
     assert grid.counts == window_grid((size, size), 7, "pad").counts
     assert grid.size[0] <= 7
     assert 0 <= grid.pad_hw[0] < grid.counts[0]
+
+
+@pytest.mark.parametrize(
+    ("hw", "kept"),
+    [((5, 7), (5, 7)), ((9, 7), (8, 7)), ((5, 9), (5, 8)), ((9, 9), None), ((8, 8), None)],
+)
+def test_crop_drops_padding_that_all_windows_share(
+    hw: tuple[int, int], kept: tuple[int, int] | None
+) -> None:
+    x = torch.randn(2, 3, *hw)
+    tokens, grid = partition(x, 8, "pad")
+    crop, cropped = grid.crop()
+    assert (None if crop is None else crop.kept) == kept
+    assert torch.equal(merge(tokens if crop is None else crop(tokens), cropped), x)
+
+
+@pytest.mark.parametrize("mixer", [MambaVisionMixer(16), Attention(16, 2)], ids=["scan", "attn"])
+def test_a_block_that_keeps_some_tokens_computes_what_the_whole_block_does(
+    mixer: nn.Module,
+) -> None:
+    block = TokenBlock(16, mixer, 2.0, 0.0, 0.5).double()
+    keep = Crop((4, 6), (3, 5))
+    x = torch.randn(2, 24, 16, dtype=torch.float64, requires_grad=True)
+    out, wanted = block(x, keep), keep(block(x))
+    torch.testing.assert_close(out, wanted)
+    dy = torch.randn_like(out)
+    inputs = (x, *block.parameters())
+    grads = torch.autograd.grad(out, inputs, dy)
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted, inputs, dy))
