@@ -67,7 +67,7 @@ val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(_shapes, pipelin
 test_dataloader = val_dataloader
 
 # schedule
-max_iters = 1800
+max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=600)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),

@@ -48,6 +48,12 @@ def test_backends_know_neither_each_other_nor_the_api() -> None:
     for backend in ("chunked", "reference", "mamba_ssm"):
         own = {n for n in imports(PACKAGE / f"ops/selective_scan/{backend}.py") if scan in n}
         assert own == set(), backend
+    for file in (PACKAGE / "ops/selective_scan/triton").glob("*.py"):
+        own = {n for n in imports(file) if scan in n}
+        assert all(n.startswith(f"{scan}.triton") for n in own), file
+    assert users_of("triton") == {
+        f"ops/selective_scan/triton/{name}.py" for name in ("kernels", "launch")
+    }
     assert users_of(f"{scan}.schema") == {"ops/selective_scan/api.py"}
     assert users_of(scan) >= {"layers/mixer.py", "backbone.py"}
 

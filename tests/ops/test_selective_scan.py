@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambavision_backbone.ops.selective_scan import chunked, selective_scan
+from mambavision_backbone.ops.selective_scan import api, chunked, selective_scan
 from mambavision_backbone.ops.selective_scan.reference import selective_scan as reference
 from tests.conftest import read_golden, relative_error
 
@@ -209,6 +209,7 @@ def test_flops_are_counted() -> None:
         ({"dt_bias": torch.zeros(4, device="meta")}, "dt_bias is on meta"),
         ({"backend": "cuda"}, "unknown scan backend 'cuda': choose one of auto, chunked"),
         ({"backend": "mamba_ssm"}, "'mamba_ssm' needs CUDA tensors, u is on cpu"),
+        ({"backend": "triton", "u": torch.zeros(2, 5, 4).double()}, "'triton' has no float64"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -263,7 +264,7 @@ def test_memory_is_bounded(grad: bool, limit: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=_id)
-@pytest.mark.parametrize("backend", ["chunked", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["chunked", "mamba_ssm", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gpu_backends(shape: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
     """Against float64 on the same rounded inputs: y and all gradients."""
@@ -282,10 +283,34 @@ def test_gpu_backends(shape: tuple[int, ...], backend: str, dtype: torch.dtype) 
 
 
 @pytest.mark.gpu
-def test_auto_takes_mamba_ssm_on_a_gpu() -> None:
-    pytest.importorskip("mamba_ssm")
-    from mambavision_backbone.ops.selective_scan.api import choose_backend
-
+def test_auto_on_a_gpu() -> None:
     u, A = torch.zeros(1, 1, 1, device="cuda"), torch.zeros(1, 8, device="cuda")
-    assert choose_backend("auto", u, A) == "mamba_ssm"
-    assert choose_backend("auto", u.double(), A) == "chunked"
+    assert api.choose_backend("auto", u, A) == "triton"
+    assert api.choose_backend("auto", u.double(), A) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("dstate", "broken", "choice"),
+    [(8, (), "triton"), (17, (), "mamba_ssm"), (8, ("triton",), "mamba_ssm"), (300, (), "chunked")],
+)
+def test_auto_takes_the_first_that_works(
+    dstate: int,
+    broken: tuple[str, ...],
+    choice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, module in api._GPU_BACKENDS.items():
+        reason = "it is broken" if name in broken else None
+        monkeypatch.setattr(module, "unavailable", lambda reason=reason: reason)
+    api._cuda_choice.cache_clear()
+    with caplog.at_level("INFO", "mambavision_backbone"):
+        assert api._cuda_choice(dstate) == api._cuda_choice(dstate) == choice
+    api._cuda_choice.cache_clear()
+    (record,) = caplog.records  # said once
+    if choice == "chunked":
+        assert (
+            "triton: dstate 300 is above 16; mamba_ssm: dstate 300 is above 256" in record.message
+        )
+    else:
+        assert choice in record.message

@@ -8,12 +8,13 @@ import logging
 import torch
 from torch import Tensor
 
-from . import mamba_ssm
+from . import mamba_ssm, triton
 from .schema import BACKENDS
 
 logger = logging.getLogger("mambavision_backbone")
 
 CHOICES = ("auto", *BACKENDS)
+_GPU_BACKENDS = {"triton": triton, "mamba_ssm": mamba_ssm}  # the first that works is taken
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,8 +45,9 @@ def selective_scan(
         D: (dim,) skip, or None for none.
         dt_bias: (dim,), or None for none.
         dt_softplus: whether softplus is applied to ``dt + dt_bias``.
-        backend: ``auto`` (mamba_ssm for CUDA tensors where it works, else chunked), ``chunked``
-            (PyTorch operators, any device), ``mamba_ssm`` (its CUDA kernel), ``reference`` (a plain
+        backend: ``auto`` (for CUDA tensors the first that works of triton and mamba_ssm, else
+            chunked), ``chunked`` (PyTorch operators, any device), ``triton`` (kernels of this
+            package, dstate up to 16), ``mamba_ssm`` (its CUDA kernel), ``reference`` (a plain
             loop).
 
     Returns:
@@ -74,36 +76,47 @@ def choose_backend(backend: str, u: Tensor, A: Tensor) -> str:
     """Resolve ``auto`` and refuse a named backend that cannot run on these tensors."""
     check_backend(backend)
     if backend == "auto":
-        fits = u.is_cuda and u.dtype != torch.float64 and A.shape[1] <= mamba_ssm.MAX_DSTATE
-        if not fits:
+        if not u.is_cuda or u.dtype == torch.float64:
             return "chunked"
-        if torch.compiler.is_compiling():  # the probe below imports and logs: not traceable
-            return _cuda_choice_cached()
-        return _cuda_choice()
-    if backend == "mamba_ssm":
-        if not u.is_cuda:
-            raise ValueError(f"scan backend 'mamba_ssm' needs CUDA tensors, u is on {u.device}")
+        choose = _cuda_choice_while_compiling if torch.compiler.is_compiling() else _cuda_choice
+        return choose(A.shape[1])
+    if backend in _GPU_BACKENDS:
+        module = _GPU_BACKENDS[backend]
+        if not (u.is_cuda or (module is triton and triton.interpreted())):
+            raise ValueError(f"scan backend {backend!r} needs CUDA tensors, u is on {u.device}")
         if u.dtype == torch.float64:
-            raise ValueError("scan backend 'mamba_ssm' has no float64: use 'chunked'")
-        if reason := mamba_ssm.unavailable():
-            raise RuntimeError(f"scan backend 'mamba_ssm' cannot be used: {reason}")
+            raise ValueError(f"scan backend {backend!r} has no float64: use 'chunked'")
+        if A.shape[1] > module.MAX_DSTATE:
+            raise ValueError(
+                f"scan backend {backend!r} takes dstate up to {module.MAX_DSTATE}, A has "
+                f"{A.shape[1]}: use 'chunked'"
+            )
+        if reason := module.unavailable():
+            raise RuntimeError(f"scan backend {backend!r} cannot be used: {reason}")
     return backend
 
 
 @functools.cache
-def _cuda_choice() -> str:
+def _cuda_choice(dstate: int) -> str:
     """What ``auto`` means on CUDA, decided and logged once."""
-    reason = mamba_ssm.unavailable()
-    if reason is None:
-        logger.info("selective scan: using mamba_ssm's CUDA kernel")
-        return "mamba_ssm"
+    reasons = []
+    for name, module in _GPU_BACKENDS.items():
+        reason = module.unavailable()
+        if dstate > module.MAX_DSTATE:
+            reason = f"dstate {dstate} is above {module.MAX_DSTATE}"
+        if reason is None:
+            logger.info("selective scan: using the backend %s", name)
+            return name
+        reasons.append(f"{name}: {reason}")
+    reason = "; ".join(reasons)
     logger.warning("selective scan: using plain PyTorch operators on the GPU (%s)", reason)
     return "chunked"
 
 
 @torch.compiler.assume_constant_result
-def _cuda_choice_cached() -> str:
-    return _cuda_choice()
+def _cuda_choice_while_compiling(dstate: int) -> str:
+    """The same, for torch.compile: the probes import and log, which cannot be traced."""
+    return _cuda_choice(dstate)
 
 
 def _check(

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from . import chunked, mamba_ssm, reference
+from . import chunked, mamba_ssm, reference, triton
 
 _FORWARD: dict[str, Callable[..., Tensor]] = {
     "chunked": chunked.selective_scan,
     "mamba_ssm": mamba_ssm.selective_scan,
     "reference": reference.selective_scan,
+    "triton": triton.selective_scan,
+}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {  # the others: by autograd, from u on
+    "chunked": chunked.selective_scan_backward,
+    "triton": triton.selective_scan_backward,
 }
 BACKENDS = tuple(_FORWARD)
 
@@ -42,9 +47,9 @@ def _forward(*args: Any) -> Tensor:
 @torch.library.impl("mambavision::selective_scan_backward", "CompositeExplicitAutograd")
 def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, dt_softplus, backend = args
-    if backend == "chunked":
+    if backend in _BACKWARD:
         with torch.no_grad():
-            return chunked.selective_scan_backward(dy, *args[:-1])
+            return _BACKWARD[backend](dy, *args[:-1])
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         y = _FORWARD[backend](*leaves, dt_softplus)

@@ -1,0 +1,174 @@
+"""Sizes, buffers and launches of the Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels
+
+BLOCK_D = 32  # channels of a program: one a thread, in one warp
+WARPS = 1
+TILE, TILE_BACK = 8, 4  # tokens a thread holds at a time
+PROGRAMS = 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
+MIN_CHUNK, MAX_CHUNKS = 32, 256
+
+
+class _Sizes(NamedTuple):
+    """How a scan is cut up: chunks of ``tokens``, and the kernels' block sizes."""
+
+    batch: int
+    seqlen: int
+    dim: int
+    dstate: int
+    tokens: int
+    chunks: int
+    blocks_d: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.chunks, self.blocks_d, self.batch
+
+
+def _sizes(u: Tensor, A: Tensor) -> _Sizes:
+    batch, seqlen, dim = u.shape
+    blocks_d = triton.cdiv(dim, BLOCK_D)
+    wanted = min(triton.cdiv(PROGRAMS, batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
+    tokens = seqlen if wanted < 2 else triton.cdiv(seqlen, wanted)
+    tokens = triton.cdiv(tokens, 16) * 16  # whole tiles, whatever their size
+    chunks = triton.cdiv(seqlen, tokens)
+    return _Sizes(batch, seqlen, dim, A.shape[1], tokens, chunks, blocks_d)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor with contiguous channels; other strides are the kernels' to follow."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _carry(
+    sizes: _Sizes,
+    inputs: tuple[Tensor, ...],
+    dy: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """States before every chunk and, with dy, gradients behind every chunk.
+
+    Returns:
+        Two (batch, chunks, dstate, dim) tensors; the second is the first where dy is None.
+    """
+    u, dt, A, B, C, dt_bias = inputs
+    back = dy is not None
+    dy_ = u if dy is None else dy
+    shape = (sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
+    ends = torch.empty((2 if back else 1, *shape), dtype=torch.float32, device=u.device)
+    carried = torch.empty_like(ends)
+    sums = torch.empty(shape, dtype=torch.float32, device=u.device)
+    kernels.chunk_ends[sizes.grid](
+        u, dt, A, B, C, dt_bias, dy_,
+        ends[0], ends[-1], sums,
+        u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
+        u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
+        sizes.seqlen, sizes.dim, sizes.dstate, sizes.tokens,
+        SOFTPLUS=dt_softplus, BACK=back,
+        BD=BLOCK_D, BN=triton.next_power_of_2(sizes.dstate), S=TILE_BACK if back else TILE,
+        num_warps=WARPS,
+    )  # fmt: skip
+    rows = triton.next_power_of_2(sizes.chunks)
+    kernels.carry[(triton.cdiv(sizes.dim, 16), sizes.dstate, sizes.batch)](
+        ends[0], ends[-1], A, sums, carried[0], carried[-1],
+        sizes.chunks, sizes.dim, sizes.dstate,
+        BACK=back, BD=16, BK=rows,
+        num_warps=4,
+    )  # fmt: skip
+    return carried[0], carried[-1]
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_softplus: bool,
+) -> Tensor:
+    """Scan. Arguments as in ``api.selective_scan``."""
+    u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
+    A, D, dt_bias = (x.contiguous() for x in (A, D, dt_bias))
+    sizes = _sizes(u, A)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    with _device(u):
+        h_in = y
+        if sizes.chunks > 1:
+            h_in, _ = _carry(sizes, (u, dt, A, B, C, dt_bias), None, dt_softplus)
+        kernels.forward[sizes.grid](
+            u, dt, A, B, C, D, dt_bias, h_in, y,
+            u.stride(0), dt.stride(0), B.stride(0), C.stride(0),
+            u.stride(1), dt.stride(1), B.stride(1), C.stride(1),
+            sizes.seqlen, sizes.dim, sizes.dstate, sizes.tokens,
+            SOFTPLUS=dt_softplus, CHUNKED=sizes.chunks > 1,
+            BD=BLOCK_D, BN=triton.next_power_of_2(sizes.dstate), S=TILE,
+            num_warps=WARPS,
+        )  # fmt: skip
+    return y
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, dt, A, B, C, D, dt_bias. States are computed again."""
+    dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
+    A, D, dt_bias = (x.contiguous() for x in (A, D, dt_bias))
+    sizes = _sizes(u, A)
+    batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=u.device)
+
+    def scratch(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    dB, dC = scratch(2, batch, blocks_d, seqlen, dstate)
+    dparam = scratch(batch * chunks, dstate + 2, dim)
+    h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
+    with _device(u):
+        h_in = r_in = du
+        if chunks > 1:
+            h_in, r_in = _carry(sizes, (u, dt, A, B, C, dt_bias), dy, dt_softplus)
+        kernels.backward[sizes.grid](
+            u, dt, A, B, C, D, dt_bias, dy, h_in, r_in,
+            h_tile, du, ddt, dB, dC, dparam,
+            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
+            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
+            seqlen, dim, dstate, tokens,
+            SOFTPLUS=dt_softplus, CHUNKED=chunks > 1,
+            BD=BLOCK_D, BN=triton.next_power_of_2(dstate), S=TILE_BACK,
+            num_warps=WARPS,
+        )  # fmt: skip
+        dparam = dparam.sum(0)
+        dA = dparam[:dstate].t().contiguous()
+        return (
+            du,
+            ddt,
+            dA.to(A.dtype),
+            dB.sum(1).to(B.dtype),
+            dC.sum(1).to(C.dtype),
+            dparam[dstate].to(D.dtype),
+            dparam[dstate + 1].to(dt_bias.dtype),
+        )

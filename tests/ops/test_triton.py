@@ -1,0 +1,145 @@
+"""The Triton kernels: interpreted on the CPU at toy sizes, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision_backbone.ops.selective_scan import chunked, selective_scan
+from mambavision_backbone.ops.selective_scan import triton as backend
+from tests.conftest import relative_error
+
+pytest.importorskip("triton")
+from mambavision_backbone.ops.selective_scan.triton import launch
+
+NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
+FLOAT32 = 1e-5  # ‖a − b‖ / ‖b‖ that golden data allow in float32
+DEVICE = "cpu" if backend.interpreted() else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of channels, tiles and chunks in a few tokens: the interpreter is slow."""
+    monkeypatch.setattr(launch, "MIN_CHUNK", 8)
+    if backend.interpreted():
+        monkeypatch.setattr(launch, "BLOCK_D", 4)
+
+
+def make_inputs(batch: int, seqlen: int, dim: int, dstate: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch + seqlen + dim + dstate)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    A = -torch.exp(0.5 * rand(dim, dstate))
+    tokens = [rand(batch, seqlen, n) for n in (dim, dim, dstate, dstate)]
+    return [tokens[0], 3 * tokens[1], A, tokens[2], tokens[3], rand(dim), rand(dim)]
+
+
+def exact(dy: Tensor, inputs: list[Tensor], softplus: bool = True) -> list[Tensor]:
+    """The output and all gradients in float64."""
+    inputs = [x.detach().double() for x in inputs]
+    y = chunked.selective_scan(*inputs, softplus)
+    return [y, *chunked.selective_scan_backward(dy.double(), *inputs, softplus)]
+
+
+def compute(dy: Tensor, inputs: list[Tensor], softplus: bool = True) -> list[Tensor]:
+    """The same through the operator and its registered backward."""
+    leaves = [x.detach().to(DEVICE).requires_grad_() for x in inputs]
+    y = selective_scan(*leaves, dt_softplus=softplus, backend="triton")
+    return [y, *torch.autograd.grad(y, leaves, dy.to(DEVICE))]
+
+
+def check(got: list[Tensor], wanted: list[Tensor], limit: float) -> None:
+    for name, a, b in zip(("y", *NAMES), got, wanted, strict=True):
+        if b.abs().max() > 0:
+            assert relative_error(a, b) < limit, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [((1, 1, 5, 8), 1), ((2, 7, 3, 8), 1), ((1, 33, 6, 3), 3), ((2, 17, 4, 1), 2)],
+    ids=["one token", "one chunk", "odd sizes", "one state"],
+)
+def test_value_and_gradients(shape: tuple[int, int, int, int], chunks: int) -> None:
+    inputs = make_inputs(*shape)
+    assert launch._sizes(inputs[0], inputs[2]).chunks == chunks
+    dy = torch.randn_like(inputs[0])
+    check(compute(dy, inputs), exact(dy, inputs), FLOAT32)
+
+
+def test_without_softplus() -> None:
+    inputs = make_inputs(1, 9, 4, 2)
+    inputs[1], inputs[6] = inputs[1].abs(), inputs[6].abs()
+    dy = torch.randn_like(inputs[0])
+    check(compute(dy, inputs, False), exact(dy, inputs, False), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_inputs(dtype: torch.dtype) -> None:
+    inputs = make_inputs(1, 20, 4, 8)
+    inputs = [x.to(dtype) if x.dim() == 3 else x for x in inputs]
+    dy = torch.randn_like(inputs[0])
+    got = compute(dy, inputs)
+    assert [x.dtype for x in got[1:]] == [x.dtype for x in inputs]
+    check(got, exact(dy, inputs), 2 * torch.finfo(dtype).eps)
+
+
+def test_views_and_strided_gradients() -> None:
+    inputs = make_inputs(2, 10, 4, 4)
+    wide = torch.cat([inputs[0], inputs[3], inputs[1], inputs[4]], 2)
+    inputs[0], inputs[3], inputs[1], inputs[4] = wide.split(4, 2)
+    inputs[4] = inputs[4].transpose(1, 2).contiguous().transpose(1, 2)  # channels not contiguous
+    dy = torch.randn(2, 4, 10).transpose(1, 2)
+    check(compute(dy, inputs), exact(dy, inputs), FLOAT32)
+
+
+@pytest.mark.parametrize("raw", [-80.0, -30.0, -9.0, 0.0, 19.0, 25.0, 100.0])
+def test_softplus_is_exact_in_its_tails(raw: float) -> None:
+    """Δ down to e^-80 keeps its relative accuracy, as log1p does; here y = Δ."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    token = one.view(1, 1, 1)
+    inputs = [token, raw * token, -token[0], token, token, zero, zero]
+    delta = selective_scan(*(x.to(DEVICE) for x in inputs), backend="triton")
+    wanted = torch.nn.functional.softplus(torch.tensor(raw, dtype=torch.float64))
+    torch.testing.assert_close(delta.double().item(), wanted.item(), rtol=1e-6, atol=0)
+
+
+def test_nan_propagates() -> None:
+    inputs = make_inputs(1, 20, 4, 2)
+    inputs[0][0, 9, 1] = float("nan")
+    y = selective_scan(*(x.to(DEVICE) for x in inputs), backend="triton")
+    assert y[0, 9:, 1].isnan().all()
+    assert y[0, :9].isfinite().all()
+    assert y[0, :, 0].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 4200, 160, 8), (128, 49, 320, 8), (1, 1031, 40, 16)], ids=str
+)
+def test_error_is_that_of_eager_operators(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """At most 1.5 times the error of PyTorch operators in the same dtype, against float64."""
+    inputs = make_inputs(*shape)
+    inputs = [(x.to(dtype) if x.dim() == 3 else x).cuda() for x in inputs]
+    dy = torch.randn_like(inputs[0])
+    wanted = exact(dy, inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = selective_scan(*leaves, backend="chunked")
+    eager = [y, *torch.autograd.grad(y, leaves, dy)]
+    for name, a, e, b in zip(("y", *NAMES), compute(dy, inputs), eager, wanted, strict=True):
+        floor = 1e-7  # half a unit in float32's last place
+        assert relative_error(a, b) <= 1.5 * max(relative_error(e, b), floor), name
+
+
+@pytest.mark.gpu
+def test_results_are_the_same_every_time() -> None:
+    inputs = [x.cuda().half() for x in make_inputs(2, 3136, 320, 8)]
+    dy = torch.randn_like(inputs[0])
+    first = compute(dy, inputs)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(compute(dy, inputs), first, strict=True))
