@@ -63,6 +63,7 @@ def mamba_ssm_loop(
 
     Arguments as in ``ops.selective_scan``.
     """
+    dtype = u.dtype
     u, dt, B, C = (x.float().transpose(1, 2).contiguous() for x in (u, dt, B, C))
     delta = dt + dt_bias[:, None]
     delta = F.softplus(delta) if dt_softplus else delta
@@ -73,7 +74,7 @@ def mamba_ssm_loop(
     for t in range(u.shape[2]):
         h = decays[:, :, t] * h + inputs[:, :, t]
         ys.append(torch.einsum("bdn,bn->bd", h, C[:, :, t]))
-    return (torch.stack(ys, 2) + u * D[:, None]).transpose(1, 2)
+    return (torch.stack(ys, 2) + u * D[:, None]).transpose(1, 2).contiguous().to(dtype)
 
 
 def networks(windows: tuple[int, ...]) -> dict[str, nn.Module]:
@@ -129,9 +130,9 @@ def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 cast,
             ):
                 outs = model(x)
-            if args.train:
-                sum(o.float().square().mean() for o in outs).backward()
-                model.zero_grad(set_to_none=True)
+                if args.train:
+                    sum(o.float().square().mean() for o in outs).backward()
+            model.zero_grad(set_to_none=True)
             return [o.detach() for o in outs]
 
         runs[name] = run
@@ -202,7 +203,7 @@ def show(message: str) -> None:
 
 def context(args: argparse.Namespace) -> dict[str, Any]:
     """Where and what was measured."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     return {

@@ -13,6 +13,7 @@ the inputs and write the outputs once at this GPU's copy speed. Writes a JSON fi
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mambavision_backbone.ops.selective_scan import selective_scan
 
-RESULTS = Path(__file__).parent / "results" / "scan_cuda.json"
+RESULTS = Path(__file__).parent / "results"
 DSTATE = 8
 CASES = {  # MambaVision-T's stages 3 and 4: (batch · windows, tokens of a window, channels)
     "detection, fit": [(2, 4200, 160), (2, 1050, 320)],
@@ -166,7 +167,9 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="float16", help="float32, float16 or bfloat16")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="words of the cases' names")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file (default: in benchmarks/results, if all cases run)"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "this benchmark needs a CUDA device\n")
@@ -186,11 +189,22 @@ def main() -> None:
             row = {"case": case, **measure(shape, getattr(torch, args.dtype), speed)}
             rows.append(row)
             print_row(row)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"device": torch.cuda.get_device_name(), "dtype": args.dtype, "copy_bytes_s": speed}
-    facts |= {"torch": torch.__version__, "goals": GOALS, "floor_goal": FLOOR_GOAL}
-    args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(f"written to {args.out}")
+    facts |= {"torch": torch.__version__, "triton": version("triton")}
+    facts |= {"mamba_ssm": version("mamba_ssm"), "goals": GOALS, "floor_goal": FLOOR_GOAL}
+    out = args.out or (RESULTS / f"scan_{args.dtype}.json" if args.cases == list(CASES) else None)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        print(f"written to {out}")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class MambaVision(BaseModule):
         with_cp: recompute blocks in the backward pass to save memory.
         in_channels: channels of the images.
         out_norm: norm of the returned maps: ``LN`` (over channels), ``BN`` or ``none``.
-        scan_backend: ``auto``, ``chunked``, ``mamba_ssm`` or ``reference``; see
+        scan_backend: ``auto``, ``chunked``, ``triton``, ``mamba_ssm`` or ``reference``; see
             ``ops.selective_scan``.
         init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` loads a file strictly.
 

@@ -28,7 +28,7 @@ DATA_HELP = {
     "mmseg": "ADE20K (ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark)",
 }
 SHOWN = 5  # tensors named in a message
-HOOKS = ("CheckBackboneWeightsHook", "NameBadSampleHook")
+HOOKS = ("BFloat16DetectionHook", "CheckBackboneWeightsHook", "NameBadSampleHook")
 
 
 class ToolError(Exception):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from common import (
     ToolError,
     add_run_arguments,
@@ -42,6 +43,13 @@ def parse_args() -> argparse.Namespace:
         "--out",
         help="write the predictions: a .pkl file for detection, a folder for segmentation",
     )
+    parser.add_argument("--amp", action="store_true", help="evaluate in mixed precision")
+    parser.add_argument(
+        "--amp-dtype",
+        choices=["float16", "bfloat16"],
+        default="float16" if torch.cuda.is_available() else "bfloat16",
+        help="with --amp: float16 (default, GPU only) or bfloat16",
+    )
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="save pictures of the predictions in this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a picture is shown")
@@ -63,6 +71,11 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
     elif args.out:
         for evaluator in evaluators_of(cfg, "test"):
             evaluator["output_dir"] = args.out
+    if args.amp:
+        if args.amp_dtype == "float16" and not torch.cuda.is_available():
+            raise ToolError("--amp-dtype float16 needs a GPU: a CPU has bfloat16")
+        cfg.test_cfg.fp16 = True  # mmengine's name for mixed precision of any dtype
+        torch.set_autocast_dtype("cuda", getattr(torch, args.amp_dtype))
     if args.show or args.show_dir:
         hook = cfg.default_hooks.get("visualization")
         if hook is None:

@@ -1,8 +1,8 @@
 """What plugs into mmengine's runner."""
 
-from .hooks import CheckBackboneWeightsHook, NameBadSampleHook
+from .hooks import BFloat16DetectionHook, CheckBackboneWeightsHook, NameBadSampleHook
 from .pickles import admit_history
 
 admit_history()
 
-__all__ = ["CheckBackboneWeightsHook", "NameBadSampleHook"]
+__all__ = ["BFloat16DetectionHook", "CheckBackboneWeightsHook", "NameBadSampleHook"]

@@ -13,6 +13,7 @@ default_hooks = dict(
 custom_hooks = [
     dict(type="CheckBackboneWeightsHook"),  # a checkpoint of another variant stops the run
     dict(type="NameBadSampleHook"),  # an unreadable image is named
+    dict(type="BFloat16DetectionHook"),  # mmcv and mmdet lack parts of it
 ]
 
 env_cfg = dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mambavision_backbone.ops.selective_scan.reference import selective_scan as 
 from tests.conftest import read_golden, relative_error
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
+INTERPRETED = [] if torch.cuda.is_available() else ["triton"]  # see conftest
 SHAPES = [
     (2, 12, 8, 49),  # batch dim dstate seqlen
     (1, 16, 16, 257),
@@ -147,23 +149,25 @@ def test_nan_propagates() -> None:
     assert y[0, :40].isfinite().all()
 
 
-def test_opcheck() -> None:
-    inputs = make_inputs((2, 4, 3, 5))
+@pytest.mark.parametrize("backend", ["chunked", *INTERPRETED])
+def test_opcheck(backend: str) -> None:
+    dtype = torch.float64 if backend == "chunked" else torch.float32
+    inputs = make_inputs((2, 4, 3, 5), dtype)
     op = torch.ops.mambavision.selective_scan.default
-    torch.library.opcheck(op, (*inputs, True, "chunked"))
+    torch.library.opcheck(op, (*inputs, True, backend))
     torch.library.opcheck(
         torch.ops.mambavision.selective_scan_backward.default,
-        (torch.randn(2, 5, 4, dtype=torch.float64), *(x.detach() for x in inputs), True, "chunked"),
+        (torch.randn(2, 5, 4, dtype=dtype), *(x.detach() for x in inputs), True, backend),
     )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "reference", *INTERPRETED])
 def test_results_have_the_strides_of_their_fakes(backend: str) -> None:
     """Compiled code relies on them; opcheck does not compare them."""
-    inputs = [x.detach() for x in make_inputs((2, 4, 3, 5))]
+    inputs = [x.detach() for x in make_inputs((2, 4, 3, 5), torch.float32)]
     wide = torch.cat(inputs[:2], 2)
     inputs[:2] = wide[..., :4], wide[..., 4:]
-    dy = torch.randn(2, 4, 5, dtype=torch.float64).transpose(1, 2)
+    dy = torch.randn(2, 4, 5).transpose(1, 2)
     ops = torch.ops.mambavision
     y = ops.selective_scan(*inputs, True, backend)
     grads = ops.selective_scan_backward(dy, *inputs, True, backend)
@@ -176,10 +180,13 @@ def test_results_have_the_strides_of_their_fakes(backend: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_in_one_graph() -> None:
-    inputs = make_inputs((2, 4, 3, 5))
+@pytest.mark.parametrize("backend", ["auto", *INTERPRETED])
+def test_compiles_in_one_graph(backend: str) -> None:
+    inputs = make_inputs((2, 4, 3, 5), torch.float32)
     compiled = torch.compile(
-        lambda *x: selective_scan(*x).square().mean(), fullgraph=True, backend="aot_eager"
+        lambda *x: selective_scan(*x, backend=backend).square().mean(),
+        fullgraph=True,
+        backend="aot_eager",
     )
     got = torch.autograd.grad(compiled(*inputs), inputs)
     want = torch.autograd.grad(selective_scan(*inputs).square().mean(), inputs)
@@ -210,6 +217,15 @@ def test_flops_are_counted() -> None:
         ({"backend": "cuda"}, "unknown scan backend 'cuda': choose one of auto, chunked"),
         ({"backend": "mamba_ssm"}, "'mamba_ssm' needs CUDA tensors, u is on cpu"),
         ({"backend": "triton", "u": torch.zeros(2, 5, 4).double()}, "'triton' has no float64"),
+        (
+            {
+                "backend": "triton",
+                "A": torch.zeros(4, 17),
+                "B": torch.zeros(2, 5, 17),
+                "C": torch.zeros(2, 5, 17),
+            },
+            "cannot take this: dstate 17 is above 16|needs CUDA tensors",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -290,10 +306,17 @@ def test_auto_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dstate", "broken", "choice"),
-    [(8, (), "triton"), (17, (), "mamba_ssm"), (8, ("triton",), "mamba_ssm"), (300, (), "chunked")],
+    ("batch", "dstate", "broken", "choice"),
+    [
+        (1, 8, (), "triton"),
+        (70000, 8, (), "mamba_ssm"),
+        (1, 17, (), "mamba_ssm"),
+        (1, 8, ("triton",), "mamba_ssm"),
+        (1, 300, (), "chunked"),
+    ],
 )
 def test_auto_takes_the_first_that_works(
+    batch: int,
     dstate: int,
     broken: tuple[str, ...],
     choice: str,
@@ -303,9 +326,11 @@ def test_auto_takes_the_first_that_works(
     for name, module in api._GPU_BACKENDS.items():
         reason = "it is broken" if name in broken else None
         monkeypatch.setattr(module, "unavailable", lambda reason=reason: reason)
+    u = SimpleNamespace(shape=(batch, 1, 1), is_cuda=True, dtype=torch.float16)
+    A = torch.zeros(1, dstate)
     api._cuda_choice.cache_clear()
     with caplog.at_level("INFO", "mambavision_backbone"):
-        assert api._cuda_choice(dstate) == api._cuda_choice(dstate) == choice
+        assert api.choose_backend("auto", u, A) == api.choose_backend("auto", u, A) == choice
     api._cuda_choice.cache_clear()
     (record,) = caplog.records  # said once
     if choice == "chunked":

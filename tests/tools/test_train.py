@@ -91,7 +91,7 @@ def checkpoint(work_dir: Path, scope: str) -> Path:
 @pytest.mark.openmmlab
 @pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
 def test_train_test_and_resume(scope: str, shapes: Path, tmp_path: Path) -> None:
-    """One iteration or epoch, an evaluation, the same numbers by test.py, and a resumed run."""
+    """One iteration or epoch, an evaluation, one by test.py in bfloat16, and a resumed run."""
     work_dir = tmp_path / "run"
     common = ["--data-root", roots(shapes)[scope], "--work-dir", work_dir]
     trained = tool("train.py", CONFIGS[scope], *common, "--amp", *options(scope))
@@ -110,7 +110,7 @@ def test_train_test_and_resume(scope: str, shapes: Path, tmp_path: Path) -> None
         CONFIGS[scope],
         checkpoint(work_dir, scope),
         *["--data-root", roots(shapes)[scope], "--work-dir", tmp_path / "test"],
-        *["--out", out, "--show-dir", pictures],
+        *["--out", out, "--show-dir", pictures, "--amp"],
         *options(scope),
     )
     assert tested.returncode == 0, tested.stdout + tested.stderr
@@ -380,6 +380,14 @@ def test_slurm_launcher_asks_for_what_it_is_told(tmp_path: Path) -> None:
     for word in ("--partition=part", "--ntasks=16", "--gres=gpu:8", "--time=1", "--exclusive"):
         assert word in words
     assert words[-4:] == ["config.py", "--launcher", "slurm", "--amp"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has float16")
+def test_no_float16_on_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").touch()
+    done = tool("test.py", CONFIGS["mmdet"], tmp_path / "x.pth", "--amp", "--amp-dtype", "float16")
+    assert done.returncode == 1
+    assert "--amp-dtype float16 needs a GPU: a CPU has bfloat16" in done.stderr
 
 
 def test_amp_and_scaled_learning_rate_reach_the_runner() -> None:

@@ -75,48 +75,54 @@ def check_backend(backend: str) -> str:
 def choose_backend(backend: str, u: Tensor, A: Tensor) -> str:
     """Resolve ``auto`` and refuse a named backend that cannot run on these tensors."""
     check_backend(backend)
+    batch, dstate = u.shape[0], A.shape[1]
     if backend == "auto":
         if not u.is_cuda or u.dtype == torch.float64:
             return "chunked"
-        choose = _cuda_choice_while_compiling if torch.compiler.is_compiling() else _cuda_choice
-        return choose(A.shape[1])
+        return _choose_for_cuda(
+            *(module.refusal(batch, dstate) for module in _GPU_BACKENDS.values())
+        )
     if backend in _GPU_BACKENDS:
         module = _GPU_BACKENDS[backend]
-        if not (u.is_cuda or (module is triton and triton.interpreted())):
-            raise ValueError(f"scan backend {backend!r} needs CUDA tensors, u is on {u.device}")
         if u.dtype == torch.float64:
             raise ValueError(f"scan backend {backend!r} has no float64: use 'chunked'")
-        if A.shape[1] > module.MAX_DSTATE:
-            raise ValueError(
-                f"scan backend {backend!r} takes dstate up to {module.MAX_DSTATE}, A has "
-                f"{A.shape[1]}: use 'chunked'"
-            )
-        if reason := module.unavailable():
+        if not (u.is_cuda or (module is triton and triton.interpreted())):
+            raise ValueError(f"scan backend {backend!r} needs CUDA tensors, u is on {u.device}")
+        if reason := module.refusal(batch, dstate):
+            raise ValueError(f"scan backend {backend!r} cannot take this: {reason}. Use 'chunked'")
+        if reason := _unavailable(backend):
             raise RuntimeError(f"scan backend {backend!r} cannot be used: {reason}")
     return backend
 
 
+# Constants for torch.compile: the probes import, launch and log, which cannot be traced.
+@torch.compiler.assume_constant_result
+def _unavailable(backend: str) -> str | None:
+    return _GPU_BACKENDS[backend].unavailable()
+
+
+@torch.compiler.assume_constant_result
+def _choose_for_cuda(*refusals: str | None) -> str:
+    return _cuda_choice(*refusals)
+
+
 @functools.cache
-def _cuda_choice(dstate: int) -> str:
-    """What ``auto`` means on CUDA, decided and logged once."""
+def _cuda_choice(*refusals: str | None) -> str:
+    """What ``auto`` means on CUDA, decided and logged once for each way to be refused.
+
+    Args:
+        refusals: of each GPU backend, why it cannot take the sizes at hand, or None.
+    """
     reasons = []
-    for name, module in _GPU_BACKENDS.items():
-        reason = module.unavailable()
-        if dstate > module.MAX_DSTATE:
-            reason = f"dstate {dstate} is above {module.MAX_DSTATE}"
+    for (name, module), refusal in zip(_GPU_BACKENDS.items(), refusals, strict=True):
+        reason = refusal or module.unavailable()
         if reason is None:
             logger.info("selective scan: using the backend %s", name)
             return name
         reasons.append(f"{name}: {reason}")
-    reason = "; ".join(reasons)
-    logger.warning("selective scan: using plain PyTorch operators on the GPU (%s)", reason)
+    listed = "; ".join(reasons)
+    logger.warning("selective scan: using plain PyTorch operators on the GPU (%s)", listed)
     return "chunked"
-
-
-@torch.compiler.assume_constant_result
-def _cuda_choice_while_compiling(dstate: int) -> str:
-    """The same, for torch.compile: the probes import and log, which cannot be traced."""
-    return _cuda_choice(dstate)
 
 
 def _check(

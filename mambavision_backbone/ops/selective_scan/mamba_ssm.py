@@ -10,6 +10,11 @@ from torch import Tensor
 MAX_DSTATE = 256
 
 
+def refusal(_batch: int, dstate: int) -> str | None:
+    """Why these sizes cannot be scanned, or None."""
+    return None if dstate <= MAX_DSTATE else f"dstate {dstate} is above {MAX_DSTATE}"
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Why mamba-ssm cannot be used, or None if it can."""

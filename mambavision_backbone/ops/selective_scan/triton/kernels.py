@@ -65,12 +65,17 @@ def stack(x, y):
 
 @triton.jit
 def states2(a, x, h):
-    """States h_t = a_t h_{t-1} + x_t of two tokens after the state h (1, BN, BD), and the last."""
+    """Of two tokens after the state h (1, BN, BD): p_t = a_t h_{t-1}, h_t = p_t + x_t, the last h.
+
+    p is what reaches a token of its past; taken as h - x it would be lost in rounding.
+    """
     a1, a2 = halve(a)
     x1, x2 = halve(x)
-    h1 = a1 * h + x1
-    h2 = a2 * h1 + x2
-    return stack(h1, h2), h2
+    p1 = a1 * h
+    h1 = p1 + x1
+    p2 = a2 * h1
+    h2 = p2 + x2
+    return stack(p1, p2), stack(h1, h2), h2
 
 
 @triton.jit
@@ -78,24 +83,24 @@ def states4(a, x, h):
     """The same of four tokens."""
     a1, a2 = halve(a)
     x1, x2 = halve(x)
-    hs1, h = states2(a1, x1, h)
-    hs2, h = states2(a2, x2, h)
-    return stack(hs1, hs2), h
+    ps1, hs1, h = states2(a1, x1, h)
+    ps2, hs2, h = states2(a2, x2, h)
+    return stack(ps1, ps2), stack(hs1, hs2), h
 
 
 @triton.jit
 def states(a, x, h, S: tl.constexpr):
     """The same of a tile of S = 4 or 8 tokens."""
     if S == 4:
-        hs, h = states4(a, x, h)
+        ps, hs, h = states4(a, x, h)
     else:
         tl.static_assert(S == 8)
         a1, a2 = halve(a)
         x1, x2 = halve(x)
-        hs1, h = states4(a1, x1, h)
-        hs2, h = states4(a2, x2, h)
-        hs = stack(hs1, hs2)
-    return hs, h
+        ps1, hs1, h = states4(a1, x1, h)
+        ps2, hs2, h = states4(a2, x2, h)
+        ps, hs = stack(ps1, ps2), stack(hs1, hs2)
+    return ps, hs, h
 
 
 @triton.jit
@@ -191,10 +196,10 @@ def chunk_ends(
         m_td, m_tn = m_t & m_d, m_t & m_n
         _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
         delta = by_channel(delta)
-        du = delta * by_channel(load(p_u, i_t * s_u + i_d, m_td))
+        delta_u = delta * by_channel(load(p_u, i_t * s_u + i_d, m_td))
         B = load(p_B, i_t * s_B + i_n, m_tn)
         a = tl.exp2(delta * A)
-        _hs, h = states(a, du * by_state(B), h, S)
+        _ps, _hs, h = states(a, delta_u * by_state(B), h, S)
         if BACK:
             C = load(p_C + i_b * sb_C, i_t * s_C + i_n, m_tn)
             dy = load(p_dy + i_b * sb_dy, i_t * s_dy + i_d, m_td)
@@ -277,7 +282,7 @@ def forward(
         B = load(p_B, i_t * s_B + i_n, m_tn)
         C = load(p_C, i_t * s_C + i_n, m_tn)
         a = tl.exp2(by_channel(delta) * A)
-        hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
+        _ps, hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
         y = tl.sum(hs * by_state(C), 1) + skip * u
         tl.store(p_y + i_t * D + i_d, y.to(p_y.dtype.element_ty), mask=m_td)
 
@@ -335,10 +340,13 @@ def backward(
         m_t = i_t < stop
         m_td, m_tn = m_t & m_d, m_t & m_n
         _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
-        du = delta * load(p_u, i_t * s_u + i_d, m_td)
+        delta_u = delta * load(p_u, i_t * s_u + i_d, m_td)
         B = load(p_B, i_t * s_B + i_n, m_tn)
-        _hs, h = states(tl.exp2(by_channel(delta) * A), by_channel(du) * by_state(B), h, S)
+        _ps, _hs, h = states(
+            tl.exp2(by_channel(delta) * A), by_channel(delta_u) * by_state(B), h, S
+        )
 
+    tl.debug_barrier()  # h_tile is read below
     dA = tl.zeros((BN, BD), tl.float32)
     dD = tl.zeros((BD,), tl.float32)
     dbias = tl.zeros((BD,), tl.float32)
@@ -355,10 +363,10 @@ def backward(
         C = load(p_C, i_t * s_C + i_n, m_tn)
         a = tl.exp2(by_channel(delta) * A)
         x = by_channel(delta * u) * by_state(B)
-        hs, _h = states(a, x, h, S)
+        ps, hs, _h = states(a, x, h, S)
         g, r = grads4(a, by_state(C) * by_channel(dy), r)
 
-        ga = g * (hs - x)  # g a h_{t-1}: the gradient of Δ A
+        ga = g * ps  # the gradient of Δ A
         dA += tl.sum(ga * by_channel(delta), 0)
         ddu = tl.sum(g * by_state(B), 1)
         ddt = tl.sum(ga * A, 1) / LOG2E + ddu * u

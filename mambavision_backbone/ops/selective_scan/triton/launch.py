@@ -45,8 +45,12 @@ def _sizes(u: Tensor, A: Tensor) -> _Sizes:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The tensor with contiguous channels; other strides are the kernels' to follow."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """The tensor with contiguous channels; other strides are the kernels' to follow.
+
+    They count the elements of one batch item in 32 bits.
+    """
+    fits = x.stride(2) == 1 and x.shape[1] * x.stride(1) < 2**31
+    return x if fits else x.contiguous()
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -162,13 +166,12 @@ def selective_scan_backward(
             num_warps=WARPS,
         )  # fmt: skip
         dparam = dparam.sum(0)
-        dA = dparam[:dstate].t().contiguous()
         return (
             du,
             ddt,
-            dA.to(A.dtype),
+            dparam[:dstate].t().to(A.dtype, copy=True, memory_format=torch.contiguous_format),
             dB.sum(1).to(B.dtype),
             dC.sum(1).to(C.dtype),
-            dparam[dstate].to(D.dtype),
-            dparam[dstate + 1].to(dt_bias.dtype),
+            dparam[dstate].to(D.dtype, copy=True),
+            dparam[dstate + 1].to(dt_bias.dtype, copy=True),
         )
