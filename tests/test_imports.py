@@ -52,7 +52,7 @@ def test_backends_know_neither_each_other_nor_the_api() -> None:
         own = {n for n in imports(file) if scan in n}
         assert all(n.startswith(f"{scan}.triton") for n in own), file
     assert users_of("triton") == {
-        f"ops/selective_scan/triton/{name}.py" for name in ("kernels", "launch")
+        f"ops/selective_scan/triton/{name}.py" for name in ("__init__", "kernels", "launch")
     }
     assert users_of(f"{scan}.schema") == {"ops/selective_scan/api.py"}
     assert users_of(scan) >= {"layers/mixer.py", "backbone.py"}
