@@ -46,6 +46,9 @@ SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 BACKBONE_STRIDE = 16  # of stage 3, whose one window covers a classification image
 
 
+LINEAR = ("aten.addmm", "aten.mm")  # what a linear layer is counted as
+
+
 @dataclass
 class Part:
     """Parameters and FLOPs of one part; ``flops`` is None for what runs in training only."""
@@ -110,8 +113,8 @@ def count_backbone(backbone: nn.Module, hw: tuple[int, int]) -> tuple[Count, tup
     count.parts.append(Part("feature norms", params, sum(_total(flops, name) for name in norms)))
     for name, module in backbone.named_modules():
         if isinstance(module, Attention):
-            linear = _total(flops, f"{name}.qkv") + _total(flops, f"{name}.proj")
-            count.attention += _total(flops, name) - linear
+            products = {k: v for k, v in flops.get(name, {}).items() if str(k) not in LINEAR}
+            count.attention += sum(products.values())
     return count, maps
 
 

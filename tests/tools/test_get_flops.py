@@ -87,9 +87,12 @@ def test_fitted_windows_cost_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     pad = run(monkeypatch, tmp_path, *arguments)
     fit = run(monkeypatch, tmp_path, *arguments, "--window-mode", "fit")
     assert pad["parameters"] == fit["parameters"]
-    # 50 x 80 positions in one window of 112 x 112
+    # 50 x 80 positions in one window of 112 x 112, then 25 x 40 in one of 56 x 56
     assert pad["scan_flops"] / fit["scan_flops"] > 3
-    assert pad["attention_flops"] / fit["attention_flops"] > 9
+    assert fit["attention_flops"] == 4 * (320 * 4 * 4000**2 + 640 * 2 * 1000**2)
+    # the last block of a stage has as many queries as the map has positions
+    third, fourth = (3 * 12544 + 4000) * 12544, (3136 + 1000) * 3136
+    assert pad["attention_flops"] == 4 * (320 * third + 640 * fourth)
 
 
 def test_detector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
