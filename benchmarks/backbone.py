@@ -14,10 +14,9 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from unittest.mock import patch
 import timm
 import torch
 import torch.nn.functional as F
+from common import RESULTS, commit, relative_error
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.ops.selective_scan import reference, schema
 
-RESULTS = Path(__file__).parent / "results"
 SEGMENTATION, DETECTION = (8, 8, 64, 32), (8, 8, 112, 56)  # published windows
 CASES = {  # name: (shape, windows)
     "segmentation": ((1, 3, 512, 512), SEGMENTATION),
@@ -77,14 +76,16 @@ def mamba_ssm_loop(
     return (torch.stack(ys, 2) + u * D[:, None]).transpose(1, 2).contiguous().to(dtype)
 
 
+LOOPS = {SLOW: reference.selective_scan, SLOWER: mamba_ssm_loop}  # what scan_backend="reference" is
+
+
 def networks(windows: tuple[int, ...]) -> dict[str, nn.Module]:
     """All networks of one case; the MambaVisions share their weights."""
     torch.manual_seed(0)
     ours = {
         "T fit": MambaVision("T", window_size=windows, window_mode="fit"),
         "T pad": MambaVision("T", window_size=windows),
-        SLOW: MambaVision("T", window_size=windows, scan_backend="reference"),
-        SLOWER: MambaVision("T", window_size=windows, scan_backend="reference"),
+        **{name: MambaVision("T", window_size=windows, scan_backend="reference") for name in LOOPS},
     }
     for model in ours.values():
         model.load_state_dict(ours["T fit"].state_dict())
@@ -101,12 +102,6 @@ def in_float64(model: MambaVision, x: Tensor) -> tuple[Tensor, ...]:
         return exact(x.double())
 
 
-def relative_error(outs: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
-    """The largest ‖a − b‖ / ‖b‖ of the maps."""
-    pairs = zip(outs, wanted, strict=True)
-    return max(((o.double() - w).norm() / w.norm()).item() for o, w in pairs)
-
-
 def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times of one case."""
     shape, windows = CASES[case]
@@ -116,16 +111,15 @@ def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     models = networks(windows)
     if device.type == "cuda":
-        models = {name: model for name, model in models.items() if name not in (SLOW, SLOWER)}
+        models = {name: model for name, model in models.items() if name not in LOOPS}
     runs: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
         model.to(device).train(args.train)
 
         def run(name: str = name, model: nn.Module = model) -> Any:
-            loop = mamba_ssm_loop if name == SLOWER else reference.selective_scan
             cast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
             with (
-                patch.dict(schema._FORWARD, reference=loop),
+                patch.dict(schema._FORWARD, reference=LOOPS.get(name, reference.selective_scan)),
                 torch.set_grad_enabled(args.train),
                 cast,
             ):
@@ -142,7 +136,7 @@ def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     last: dict[str, list[Tensor]] = {}
     for round_ in range(args.rounds + 1):
         for name, run in runs.items():
-            if name in (SLOW, SLOWER) and len(times[name]) >= args.slow_rounds:
+            if name in LOOPS and len(times[name]) >= args.slow_rounds:
                 continue
             show(f"{case}: round {round_}/{args.rounds}, {name}")
             if device.type == "cuda":
@@ -153,7 +147,7 @@ def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-            if round_ or name in (SLOW, SLOWER):  # the first round warms up; the loops need none
+            if round_ or name in LOOPS:  # the first round warms up; the loops need none
                 times[name].append(time.perf_counter() - start)
     rows = []
     exact: dict[str, tuple[Tensor, ...]] = {}
@@ -203,8 +197,6 @@ def show(message: str) -> None:
 
 def context(args: argparse.Namespace) -> dict[str, Any]:
     """Where and what was measured."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     return {
         "device": gpu or platform.processor() or platform.machine(),
@@ -213,7 +205,7 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
         "mode": "training, forward and backward" if args.train else "inference",
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "commit": commit,
+        "commit": commit(),
     }
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS, commit, relative_error
 from torch import Tensor
 
 from mambavision_backbone.ops.selective_scan import selective_scan
 
-RESULTS = Path(__file__).parent / "results"
 DSTATE = 8
 CASES = {  # MambaVision-T's stages 3 and 4: (batch · windows, tokens of a window, channels)
     "detection, fit": [(2, 4200, 160), (2, 1050, 320)],
@@ -109,12 +109,6 @@ def copy_speed() -> float:
     return 2 * x.nbytes / time_graph(lambda _: y.copy_(x))
 
 
-def relative_error(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest ‖a − b‖ / ‖b‖."""
-    pairs = zip(got, wanted, strict=True)
-    return max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs)
-
-
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, speed: float) -> dict[str, Any]:
     """Times, errors and the floor of one shape."""
     sets = [make_inputs(shape, dtype, seed) for seed in range(SETS)]
@@ -190,7 +184,7 @@ def main() -> None:
             rows.append(row)
             print_row(row)
     facts = {"device": torch.cuda.get_device_name(), "dtype": args.dtype, "copy_bytes_s": speed}
-    facts |= {"torch": torch.__version__, "triton": version("triton")}
+    facts |= {"torch": torch.__version__, "triton": version("triton"), "commit": commit()}
     facts |= {"mamba_ssm": version("mamba_ssm"), "goals": GOALS, "floor_goal": FLOOR_GOAL}
     out = args.out or (RESULTS / f"scan_{args.dtype}.json" if args.cases == list(CASES) else None)
     if out:

@@ -44,8 +44,6 @@ from mambavision_backbone.layers.windows import WINDOW_MODES
 # The image sizes that papers count at.
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 BACKBONE_STRIDE = 16  # of stage 3, whose one window covers a classification image
-
-
 LINEAR = ("aten.addmm", "aten.mm")  # what a linear layer is counted as
 
 

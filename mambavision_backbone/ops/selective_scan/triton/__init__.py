@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,34 +63,15 @@ def _probe() -> None:
         torch.cuda.synchronize()
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    dt_softplus: bool,
-) -> Tensor:
-    """Scan. Arguments as in ``api.selective_scan``; dstate up to ``MAX_DSTATE``."""
+def selective_scan(*args: Any) -> Tensor:
+    """Scan, as ``launch.selective_scan``."""
     from . import launch
 
-    return launch.selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus)
+    return launch.selective_scan(*args)
 
 
-def selective_scan_backward(
-    dy: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    dt_softplus: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of u, dt, A, B, C, D, dt_bias; states are computed again."""
+def selective_scan_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Gradients, as ``launch.selective_scan_backward``."""
     from . import launch
 
-    return launch.selective_scan_backward(dy, u, dt, A, B, C, D, dt_bias, dt_softplus)
+    return launch.selective_scan_backward(*args)

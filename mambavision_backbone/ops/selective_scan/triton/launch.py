@@ -13,6 +13,7 @@ from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
 WARPS = 1
+CARRY_BLOCK_D, CARRY_WARPS = 16, 4  # of the program that holds all chunks
 TILE, TILE_BACK = 8, 4  # tokens a thread holds at a time
 PROGRAMS = 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
 MIN_CHUNK, MAX_CHUNKS = 32, 256
@@ -86,11 +87,11 @@ def _carry(
         num_warps=WARPS,
     )  # fmt: skip
     rows = triton.next_power_of_2(sizes.chunks)
-    kernels.carry[(triton.cdiv(sizes.dim, 16), sizes.dstate, sizes.batch)](
+    kernels.carry[(triton.cdiv(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch)](
         ends[0], ends[-1], A, sums, carried[0], carried[-1],
         sizes.chunks, sizes.dim, sizes.dstate,
-        BACK=back, BD=16, BK=rows,
-        num_warps=4,
+        BACK=back, BD=CARRY_BLOCK_D, BK=rows,
+        num_warps=CARRY_WARPS,
     )  # fmt: skip
     return carried[0], carried[-1]
 

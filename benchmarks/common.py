@@ -1,0 +1,23 @@
+"""What the benchmarks share."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def relative_error(got: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """The largest ‖a − b‖ / ‖b‖ of pairs of tensors; ``wanted`` is in float64."""
+    pairs = zip(got, wanted, strict=True)
+    return max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs)
+
+
+def commit() -> str:
+    """The commit that is measured, marked where files differ from it."""
+    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
