@@ -124,7 +124,7 @@ def test_first_half_of_a_stage_mixes_and_second_attends() -> None:
 
 def test_drop_path_grows_linearly() -> None:
     model = MambaVision("T", drop_path_rate=0.3)
-    rates = [b.drop_path.drop_prob for level in model.levels for b in level.blocks]
+    rates = [b.drop_path_rate for level in model.levels for b in level.blocks]
     assert rates == pytest.approx(torch.linspace(0, 0.3, 16).tolist())
 
 

@@ -65,7 +65,7 @@ def test_each_ignored_argument_is_named_once() -> None:
     for name in ignored:
         assert sum(f": {name}=" in m for m in messages) == 1, name
     assert all(p.requires_grad for p in model.parameters())  # frozen_stages=1 had no effect
-    assert model.levels[3].blocks[-1].drop_path.drop_prob == 0.2  # nor had 0.3
+    assert model.levels[3].blocks[-1].drop_path_rate == 0.2  # nor had 0.3
     assert model.init_cfg is None
 
 

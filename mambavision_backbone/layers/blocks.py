@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
+from ..ops.layer_norm import add, add_norm, norm
 from .windows import Crop
 
 
@@ -28,15 +29,14 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1)
         self.norm2 = nn.BatchNorm2d(dim, eps=1e-5)
         self.gamma = _gamma(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path_rate = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
         y = self.act1(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        if self.gamma is not None:
-            y = y * self.gamma.view(1, -1, 1, 1)
-        return x + self.drop_path(y)
+        gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
+        return add(x, y, gamma, _drop_factor(self, x))
 
 
 class TokenBlock(nn.Module):
@@ -63,7 +63,7 @@ class TokenBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.mixer = mixer
-        self.drop_path = DropPath(drop_path)
+        self.drop_path_rate = drop_path
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.gamma_1 = _gamma(dim, layer_scale)
@@ -71,14 +71,19 @@ class TokenBlock(nn.Module):
 
     def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
         """Apply the block; with ``keep``, return the kept tokens only."""
-        y = self.drop_path(_scale(self.mixer(self.norm1(x), keep), self.gamma_1))
-        x = (x if keep is None else keep(x)) + y
-        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
+        y = self.mixer(norm(x, self.norm1), keep)
+        x = x if keep is None else keep(x)
+        x, y = add_norm(x, y, self.norm2, self.gamma_1, _drop_factor(self, x))
+        return add(x, self.mlp(y), self.gamma_2, _drop_factor(self, x))
 
 
 def _gamma(dim: int, init: float | None) -> nn.Parameter | None:
     return None if init is None else nn.Parameter(torch.full((dim,), float(init)))
 
 
-def _scale(y: Tensor, gamma: Tensor | None) -> Tensor:
-    return y if gamma is None else y * gamma
+def _drop_factor(block: ConvBlock | TokenBlock, x: Tensor) -> Tensor | None:
+    """Factors of stochastic depth, (B, 1, …): 0 with the block's probability, else 1/(1 - it)."""
+    if not block.training or block.drop_path_rate == 0:
+        return None
+    kept = 1 - block.drop_path_rate
+    return x.new_empty(len(x), *(1,) * (x.dim() - 1)).bernoulli_(kept).div_(kept)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.conv_silu import conv_silu
 from ..ops.selective_scan import selective_scan
 from .windows import Crop
 
@@ -57,10 +57,7 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
         """Mix the tokens of each window; with ``keep``, return the kept tokens only."""
-        weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])
-        xz = self.in_proj(x).transpose(1, 2)  # B, C, L
-        xz = F.silu(F.conv1d(xz, weight, padding=1, groups=weight.shape[0])).transpose(1, 2)
-        x, z = xz.split(self.dim_inner, dim=2)
+        x, z = conv_silu(self.in_proj(x), self.conv1d_x.weight, self.conv1d_z.weight)
         dt, B, C = self.x_proj(x).split([self.dt_rank, D_STATE, D_STATE], dim=2)
         # The published model adds dt_proj.bias in the projection and again in the scan; its weights
         # depend on that.

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from timm.layers import LayerNorm2d
-from torch import nn
+from torch import Tensor, nn
+
+from ..ops.layer_norm import map_norm
 
 OUT_NORMS = ("LN", "BN", "none")
+
+
+class MapNorm(nn.LayerNorm):
+    """Layer norm over the channels of maps, (B, C, H, W) of any layout → contiguous."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every pixel."""
+        return map_norm(x, self)
 
 
 def build_out_norm(kind: str, channels: int) -> nn.Module:
@@ -19,7 +28,7 @@ def build_out_norm(kind: str, channels: int) -> nn.Module:
         ValueError: another kind.
     """
     if kind == "LN":
-        return LayerNorm2d(channels, eps=1e-5)
+        return MapNorm(channels, eps=1e-5)
     if kind == "BN":
         return nn.BatchNorm2d(channels)
     if kind == "none":

@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
+from ..triton_support import traced
 from . import mamba_ssm, triton
 from .schema import BACKENDS
 
@@ -60,9 +61,10 @@ def selective_scan(
     _check(u, dt, A, B, C, D, dt_bias)
     D = u.new_zeros(u.shape[2], dtype=A.dtype) if D is None else D
     dt_bias = u.new_zeros(u.shape[2], dtype=A.dtype) if dt_bias is None else dt_bias
-    return torch.ops.mambavision.selective_scan(
-        u, dt, A, B, C, D, dt_bias, dt_softplus, choose_backend(backend, u, A)
-    )
+    backend = choose_backend(backend, u, A)
+    if backend == "triton" and not traced():  # a dispatched call takes longer than the scan
+        return triton.direct(u, dt, A, B, C, D, dt_bias, dt_softplus)
+    return torch.ops.mambavision.selective_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, backend)
 
 
 def check_backend(backend: str) -> str:

@@ -5,22 +5,23 @@ Triton is loaded at first use.
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ...triton_support import call, interpreted, unavailable
+
+__all__ = [
+    "direct",
+    "interpreted",
+    "refusal",
+    "selective_scan",
+    "selective_scan_backward",
+    "unavailable",
+]
 
 MAX_BATCH = 65535  # of a grid's last axis
 MAX_DSTATE = 16  # a thread holds the states of its channel in registers
-MIN_CAPABILITY = (7, 0)
-
-
-def interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 asks for kernels run on the CPU, slowly, to debug them."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def refusal(batch: int, dstate: int) -> str | None:
@@ -30,37 +31,11 @@ def refusal(batch: int, dstate: int) -> str | None:
     return None if dstate <= MAX_DSTATE else f"dstate {dstate} is above {MAX_DSTATE}"
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Why the kernels cannot be used on this machine, or None if they can."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"importing triton failed: {error}"
-    if interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        return "compute capability {}.{} is below {}.{}".format(*capability, *MIN_CAPABILITY)
-    try:
-        _probe()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return f"a Triton kernel failed: {type(error).__name__}: {error}"
-    return None
+def direct(*args: Any) -> Tensor:
+    """Scan, with gradients recorded here and not by PyTorch's dispatcher."""
+    from .launch import SelectiveScan
 
-
-def _probe() -> None:
-    """Compile and run every kernel once: Triton needs a C compiler, and may not know the GPU."""
-    with _disable_current_modes():  # real tensors, also while a model is exported or compiled
-        x = torch.zeros(1, 64, 8, device="cuda")  # two chunks
-        inputs = (x, x, x[0, :8], x, x, x[0, 0], x[0, 0], True)
-        selective_scan(*inputs)
-        selective_scan_backward(x, *inputs)
-        torch.cuda.synchronize()
+    return call(SelectiveScan, *args)
 
 
 def selective_scan(*args: Any) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ...triton_support import launch
 from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
@@ -34,6 +34,16 @@ class _Sizes(NamedTuple):
     def grid(self) -> tuple[int, int, int]:
         return self.chunks, self.blocks_d, self.batch
 
+    @property
+    def lengths(self) -> tuple[int, int, int, int]:
+        """The kernels' L, D, N, T."""
+        return self.seqlen, self.dim, self.dstate, self.tokens
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """The kernels' BD, BN."""
+        return BLOCK_D, triton.next_power_of_2(self.dstate)
+
 
 def _sizes(u: Tensor, A: Tensor) -> _Sizes:
     batch, seqlen, dim = u.shape
@@ -54,10 +64,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _carry(
     sizes: _Sizes,
     inputs: tuple[Tensor, ...],
@@ -76,22 +82,28 @@ def _carry(
     ends = torch.empty((2 if back else 1, *shape), dtype=torch.float32, device=u.device)
     carried = torch.empty_like(ends)
     sums = torch.empty(shape, dtype=torch.float32, device=u.device)
-    kernels.chunk_ends[sizes.grid](
-        u, dt, A, B, C, dt_bias, dy_,
-        ends[0], ends[-1], sums,
-        u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
-        u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
-        sizes.seqlen, sizes.dim, sizes.dstate, sizes.tokens,
-        SOFTPLUS=dt_softplus, BACK=back,
-        BD=BLOCK_D, BN=triton.next_power_of_2(sizes.dstate), S=TILE_BACK if back else TILE,
-        num_warps=WARPS,
+    launch(
+        kernels.chunk_ends,
+        sizes.grid,
+        (
+            u, dt, A, B, C, dt_bias, dy_,
+            ends[0], ends[-1], sums,
+            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
+            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
+            *sizes.lengths,
+        ),
+        (dt_softplus, back, *sizes.block, TILE_BACK if back else TILE),
+        WARPS,
     )  # fmt: skip
-    rows = triton.next_power_of_2(sizes.chunks)
-    kernels.carry[(triton.cdiv(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch)](
-        ends[0], ends[-1], A, sums, carried[0], carried[-1],
-        sizes.chunks, sizes.dim, sizes.dstate,
-        BACK=back, BD=CARRY_BLOCK_D, BK=rows,
-        num_warps=CARRY_WARPS,
+    launch(
+        kernels.carry,
+        (triton.cdiv(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch),
+        (
+            ends[0], ends[-1], A, sums, carried[0], carried[-1],
+            sizes.chunks, sizes.dim, sizes.dstate,
+        ),
+        (back, CARRY_BLOCK_D, triton.next_power_of_2(sizes.chunks)),
+        CARRY_WARPS,
     )  # fmt: skip
     return carried[0], carried[-1]
 
@@ -111,19 +123,21 @@ def selective_scan(
     A, D, dt_bias = (x.contiguous() for x in (A, D, dt_bias))
     sizes = _sizes(u, A)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    with _device(u):
-        h_in = y
-        if sizes.chunks > 1:
-            h_in, _ = _carry(sizes, (u, dt, A, B, C, dt_bias), None, dt_softplus)
-        kernels.forward[sizes.grid](
+    h_in = y
+    if sizes.chunks > 1:
+        h_in, _ = _carry(sizes, (u, dt, A, B, C, dt_bias), None, dt_softplus)
+    launch(
+        kernels.forward,
+        sizes.grid,
+        (
             u, dt, A, B, C, D, dt_bias, h_in, y,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1),
-            sizes.seqlen, sizes.dim, sizes.dstate, sizes.tokens,
-            SOFTPLUS=dt_softplus, CHUNKED=sizes.chunks > 1,
-            BD=BLOCK_D, BN=triton.next_power_of_2(sizes.dstate), S=TILE,
-            num_warps=WARPS,
-        )  # fmt: skip
+            *sizes.lengths,
+        ),
+        (dt_softplus, sizes.chunks > 1, *sizes.block, TILE),
+        WARPS,
+    )  # fmt: skip
     return y
 
 
@@ -152,27 +166,47 @@ def selective_scan_backward(
     dB, dC = scratch(2, batch, blocks_d, seqlen, dstate)
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
-    with _device(u):
-        h_in = r_in = du
-        if chunks > 1:
-            h_in, r_in = _carry(sizes, (u, dt, A, B, C, dt_bias), dy, dt_softplus)
-        kernels.backward[sizes.grid](
+    h_in = r_in = du
+    if chunks > 1:
+        h_in, r_in = _carry(sizes, (u, dt, A, B, C, dt_bias), dy, dt_softplus)
+    launch(
+        kernels.backward,
+        sizes.grid,
+        (
             u, dt, A, B, C, D, dt_bias, dy, h_in, r_in,
             h_tile, du, ddt, dB, dC, dparam,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
-            seqlen, dim, dstate, tokens,
-            SOFTPLUS=dt_softplus, CHUNKED=chunks > 1,
-            BD=BLOCK_D, BN=triton.next_power_of_2(dstate), S=TILE_BACK,
-            num_warps=WARPS,
-        )  # fmt: skip
-        dparam = dparam.sum(0)
-        return (
-            du,
-            ddt,
-            dparam[:dstate].t().to(A.dtype, copy=True, memory_format=torch.contiguous_format),
-            dB.sum(1).to(B.dtype),
-            dC.sum(1).to(C.dtype),
-            dparam[dstate].to(D.dtype, copy=True),
-            dparam[dstate + 1].to(dt_bias.dtype, copy=True),
-        )
+            *sizes.lengths,
+        ),
+        (dt_softplus, chunks > 1, *sizes.block, TILE_BACK),
+        WARPS,
+    )  # fmt: skip
+    dparam = dparam.sum(0)
+    return (
+        du,
+        ddt,
+        dparam[:dstate].t().to(A.dtype, copy=True, memory_format=torch.contiguous_format),
+        dB.sum(1).to(B.dtype),
+        dC.sum(1).to(C.dtype),
+        dparam[dstate].to(D.dtype, copy=True),
+        dparam[dstate + 1].to(dt_bias.dtype, copy=True),
+    )
+
+
+class SelectiveScan(torch.autograd.Function):
+    """The scan with gradients, without the detour through PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Arguments as in ``api.selective_scan``, in order."""
+        *tensors, ctx.dt_softplus = args
+        ctx.save_for_backward(*tensors)
+        return selective_scan(*args)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors."""
+        u, dt, A, B, C, D, dt_bias = ctx.saved_tensors
+        grads = selective_scan_backward(dy, u, dt, A, B, C, D, dt_bias, ctx.dt_softplus)
+        return *grads, None

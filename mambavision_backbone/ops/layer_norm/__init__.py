@@ -1,0 +1,67 @@
+"""Layer norms: of tokens, of tokens after a residual sum, and of maps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..triton_support import call, compute_dtype, fusible
+
+
+def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    """``layer(x)`` of tokens (B, L, C), in one pass and x's dtype on a GPU.
+
+    PyTorch's operator elsewhere, and for compilers and exporters.
+    """
+    if fusible(x):
+        from .launch import Norm
+
+        return call(Norm, x, layer.weight, layer.bias, layer.eps)
+    return layer(x)
+
+
+def add_norm(
+    x: Tensor, y: Tensor, layer: nn.LayerNorm, gamma: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sum of a residual branch and the layer norm of the sum, in one pass on a GPU.
+
+    Args:
+        x: (B, L, C) the stream.
+        y: (B, L, C) what the branch adds to it.
+        layer: the norm over C.
+        gamma: (C,) layer scale of y, or None.
+        factor: (B, 1, 1) factors of drop path, or None.
+
+    Returns:
+        ``x + factor * gamma * y`` and the norm of it, (B, L, C) each.
+    """
+    if fusible(x):
+        from .launch import AddNorm
+
+        return call(AddNorm, x, y, gamma, factor, layer.weight, layer.bias, layer.eps)
+    total = add(x, y, gamma, factor)
+    return total, layer(total)
+
+
+def map_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    """Layer norm over C of maps (B, C, H, W) of any layout, in one pass on a GPU.
+
+    Returns:
+        A contiguous map of the same shape, in autocast's dtype where that is on.
+    """
+    if fusible(x):
+        from .launch import MapNorm
+
+        return call(MapNorm, x, layer.weight, layer.bias, layer.eps)
+    y = F.layer_norm(
+        x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight, layer.bias, layer.eps
+    )
+    return y.to(compute_dtype(x)).permute(0, 3, 1, 2).contiguous()
+
+
+def add(x: Tensor, y: Tensor, gamma: Tensor | None, factor: Tensor | None) -> Tensor:
+    """``x + factor * gamma * y``; arguments as in :func:`add_norm`."""
+    if gamma is not None:
+        y = y * gamma
+    return x + y if factor is None else torch.addcmul(x, y, factor)

@@ -1,0 +1,205 @@
+"""Sizes, buffers and launches of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..triton_support import compute_dtype, launch
+from . import kernels
+
+ROWS = 2  # of a tile
+PROGRAMS = 1056  # of a backward kernel at most: eight on each multiprocessor of a large GPU
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum (x itself without y), its norm, mean and 1/std of each row."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    total = x
+    if y is not None:
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+        total = torch.empty_like(x, dtype=dtype)
+    normed = torch.empty_like(x, dtype=compute_dtype(total))
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    block = triton.next_power_of_2(channels)
+    launch(
+        kernels.forward,
+        (triton.cdiv(rows, ROWS), 1, 1),
+        (
+            x, y, gamma, factor, weight, bias, total, normed, mean, rstd,
+            rows, x.shape[1], channels, eps,
+        ),
+        (y is not None, gamma is not None, factor is not None, ROWS, block),
+        warps=max(1, block // 512),
+    )  # fmt: skip
+    return total, normed, mean, rstd
+
+
+def _backward(
+    dtotal: Tensor | None,
+    dnormed: Tensor,
+    total: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    dy: Tensor | None,
+) -> Tensor:
+    """Write the gradients of x and, unless None, of y; return those of weight, bias, gamma.
+
+    The latter are (3, C) in float32.
+    """
+    channels = total.shape[-1]
+    rows = total.numel() // channels
+    tiles = triton.cdiv(rows, ROWS * PROGRAMS)
+    programs = triton.cdiv(rows, ROWS * tiles)
+    dparam = torch.empty(programs, 3, channels, dtype=torch.float32, device=total.device)
+    block = triton.next_power_of_2(channels)
+    options = (dtotal is not None, dy is not None, gamma is not None, factor is not None)
+    launch(
+        kernels.backward,
+        (programs, 1, 1),
+        (
+            dnormed, dtotal, total, y, gamma, factor, weight, mean, rstd, dx, dy, dparam,
+            rows, total.shape[1], channels, tiles,
+        ),
+        (*options, ROWS, block),
+        warps=max(2, block // 512),
+    )  # fmt: skip
+    return dparam.sum(0)
+
+
+class Norm(torch.autograd.Function):
+    """Layer norm of tokens (B, L, C); keeps its input as it is, not in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Normalise."""
+        x = x.contiguous()
+        _, normed, mean, rstd = _forward(x, None, None, None, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of x, weight and bias."""
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dparam = _backward(
+            None, dnormed.contiguous(), x, None, None, None, weight, mean, rstd, dx, None
+        ).to(weight.dtype)
+        return dx, dparam[0], dparam[1], None
+
+
+class AddNorm(torch.autograd.Function):
+    """``add_norm`` with gradients; keeps the sum, and y only where gamma needs it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        gamma: Tensor | None,
+        factor: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Add and normalise."""
+        x, y = x.contiguous(), y.contiguous()
+        total, normed, mean, rstd = _forward(x, y, gamma, factor, weight, bias, eps)
+        kept_y = None if gamma is None else y
+        ctx.save_for_backward(total, kept_y, gamma, factor, weight, mean, rstd)
+        ctx.dtypes = x.dtype, y.dtype
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, y, gamma, weight and bias."""
+        total, y, gamma, factor, weight, mean, rstd = ctx.saved_tensors
+        x_dtype, y_dtype = ctx.dtypes
+        dx = torch.empty_like(total, dtype=x_dtype)
+        same = gamma is None and factor is None and x_dtype == y_dtype
+        dy = None if same else torch.empty_like(total, dtype=y_dtype)
+        dparam = _backward(
+            dtotal.contiguous(), dnormed.contiguous(),
+            total, y, gamma, factor, weight, mean, rstd, dx, dy,
+        )  # fmt: skip
+        dgamma = None if gamma is None else dparam[2].to(gamma.dtype)
+        dparam = dparam.to(weight.dtype)
+        return dx, dx if dy is None else dy, dgamma, None, dparam[0], dparam[1], None
+
+
+class MapNorm(torch.autograd.Function):
+    """Layer norm over the channels of maps (B, C, H, W) with any strides, into contiguous ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Normalise."""
+        batch, channels, height, width = x.shape
+        pixels = height * width
+        y = torch.empty(x.shape, dtype=compute_dtype(x), device=x.device)
+        mean = torch.empty(batch, pixels, dtype=torch.float32, device=x.device)
+        rstd = torch.empty_like(mean)
+        block_c, block_p, warps = _map_blocks(channels)
+        launch(
+            kernels.map_forward,
+            (triton.cdiv(pixels, block_p), batch, 1),
+            (
+                x, weight, bias, y, mean, rstd,
+                x.stride(0), x.stride(2), x.stride(3), x.stride(1), pixels, width, channels, eps,
+            ),
+            (block_p, block_c),
+            warps,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of x (channels-last), weight and bias."""
+        x, weight, mean, rstd = ctx.saved_tensors
+        batch, channels, height, width = x.shape
+        pixels = height * width
+        block_c, block_p, warps = _map_blocks(channels)
+        tiles = triton.cdiv(pixels * batch, block_p * PROGRAMS)
+        programs = triton.cdiv(pixels, block_p * tiles)
+        dy = dy.flatten(2)
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        dparam = torch.empty(batch * programs, 2, channels, dtype=torch.float32, device=x.device)
+        launch(
+            kernels.map_backward,
+            (programs, batch, 1),
+            (
+                dy, x, weight, mean, rstd, dx, dparam,
+                *dy.stride(), x.stride(0), x.stride(2), x.stride(3), x.stride(1),
+                pixels * channels, channels, 1, pixels, width, channels, tiles,
+            ),
+            (block_p, block_c),
+            warps,
+        )  # fmt: skip
+        dparam = dparam.sum(0).to(weight.dtype)
+        return dx, dparam[0], dparam[1], None
+
+
+def _map_blocks(channels: int) -> tuple[int, int, int]:
+    """Channels and pixels of a tile, and warps."""
+    block_c = triton.next_power_of_2(channels)
+    return block_c, 32 if block_c <= 256 else 16, 4 if block_c <= 512 else 8

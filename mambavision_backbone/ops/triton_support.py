@@ -1,0 +1,158 @@
+"""Whether Triton kernels can run, on this machine and here in the program; and their launch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+
+logger = logging.getLogger("mambavision_backbone")
+
+MIN_CAPABILITY = (7, 0)
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 asks for kernels run on the CPU, slowly, to debug them."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why kernels cannot be used on this machine, or None if they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"importing triton failed: {error}"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *MIN_CAPABILITY)
+    try:
+        _probe()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"a Triton kernel failed: {type(error).__name__}: {error}"
+    return None
+
+
+def _probe() -> None:
+    """Compile and run a small kernel: Triton needs a C compiler, and may not know the GPU."""
+    from .triton_common import double
+
+    with _disable_current_modes():  # a real tensor, also while a model is exported or compiled
+        x = torch.ones(8, device="cuda")
+        for _ in range(2):  # compiled, then from the cache
+            launch(double, (1, 1, 1), (x, 8), (8,), warps=1)
+        if not torch.equal(x, torch.full_like(x, 4)):
+            raise RuntimeError("it gave a wrong result")
+
+
+def traced() -> bool:
+    """Whether the program is being compiled, exported or watched, say by a FLOP counter."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def fusible(x: Tensor) -> bool:
+    """Whether kernels that compute several operators in one may stand in for them on x.
+
+    Not in a traced program: compilers fuse for themselves, and exporters and FLOP counters want to
+    see PyTorch's operators.
+    """
+    return (
+        x.is_cuda
+        and not traced()
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and _usable()
+    )
+
+
+@functools.cache
+def _usable() -> bool:
+    reason = unavailable()
+    if reason:
+        logger.warning("fused kernels are off: %s", reason)
+    return reason is None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: Sequence[Tensor | int | float | None],
+    constants: tuple[Any, ...],
+    warps: int,
+) -> None:
+    """Start a kernel on the GPU of its first argument.
+
+    ``kernel[grid](...)`` finds the compiled kernel anew at every call, which takes longer than most
+    of our kernels run; here it is found by what it was specialised on.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs along three axes.
+        args: its arguments, of which those behind the last that is not a ``tl.constexpr`` are left
+            out.
+        constants: its ``tl.constexpr`` arguments, in order; they come last.
+        warps: of a program.
+    """
+    device = args[0].device.index  # type: ignore[union-attr]
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, constants, warps)
+    key = (kernel, constants, warps, device, *map(_specialisation, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
+    else:
+        compiled[grid](*args, *constants)
+    return None
+
+
+def _specialisation(arg: Tensor | float | None) -> Any:
+    """What Triton compiles for: dtype and alignment, whether a number is 1 or a multiple of 16."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg % 16 == 0, arg == 1, -(2**31) <= arg < 2**31
+    return type(arg)
+
+
+def call(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, or where no gradients are recorded its forward pass alone: quicker."""
+    if torch.is_grad_enabled():
+        return function.apply(*args)
+    return function.forward(_NO_CONTEXT, *args)
+
+
+class _NoContext:
+    """Stands for the context of an autograd function that will not be differentiated."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        """Drop what would be saved."""
+
+
+_NO_CONTEXT = _NoContext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the layers behind x compute in: autocast's where it is on, else x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """Tokens (B, L, C) as rows (B·L, C) with contiguous channels, and the stride of the rows."""
+    rows = x.reshape(-1, x.shape[2])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
