@@ -17,6 +17,7 @@ from .layers.norms import build_out_norm
 from .layers.stage import ConvStage, TokenStage
 from .layers.stem import PatchEmbed
 from .layers.windows import WINDOW_MODES
+from .ops.cast import WeightCaster
 from .ops.selective_scan import check_backend
 from .registry import BaseModule, register_model
 from .variants import STAGES, resolve_arch
@@ -81,6 +82,7 @@ class MambaVision(BaseModule):
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.with_cp = with_cp
         check_backend(scan_backend)
 
         arch_ = self.arch
@@ -110,6 +112,9 @@ class MambaVision(BaseModule):
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", build_out_norm(out_norm, channels[i]))
         self._freeze()
+        self._caster = WeightCaster(
+            self, but=[m.dt_proj for m in self.modules() if isinstance(m, MambaVisionMixer)]
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Features of an image batch.
@@ -129,6 +134,12 @@ class MambaVision(BaseModule):
                 f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}: "
                 "in_channels sets the number of channels"
             )
+        if self._caster.wanted(x) and not (self.with_cp and torch.is_grad_enabled()):
+            with self._caster.cast(x):
+                return self._features(x)
+        return self._features(x)
+
+    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
         # Channels-last: convolutions are faster so, and a window's tokens are already in order.
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         outs = []
@@ -154,6 +165,7 @@ class MambaVision(BaseModule):
         """Set the mode, keeping frozen parts (and with ``norm_eval`` all batch norms) in eval."""
         super().train(mode)
         if mode:
+            self._caster.forget()
             for part in self._frozen_parts():
                 part.eval()
             if self.norm_eval:

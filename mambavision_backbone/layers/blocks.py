@@ -7,6 +7,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..ops.layer_norm import add, add_norm, norm
+from ..ops.mlp import mlp
 from .windows import Crop
 
 
@@ -74,7 +75,7 @@ class TokenBlock(nn.Module):
         y = self.mixer(norm(x, self.norm1), keep)
         x = x if keep is None else keep(x)
         x, y = add_norm(x, y, self.norm2, self.gamma_1, _drop_factor(self, x))
-        return add(x, self.mlp(y), self.gamma_2, _drop_factor(self, x))
+        return add(x, mlp(y, self.mlp), self.gamma_2, _drop_factor(self, x))
 
 
 def _gamma(dim: int, init: float | None) -> nn.Parameter | None:

@@ -151,6 +151,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉; ``triton.cdiv`` takes many times as long."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next power of 2 from n up."""
+    return 1 << (n - 1).bit_length()
+
+
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """Tokens (B, L, C) as rows (B·L, C) with contiguous channels, and the stride of the rows."""
     rows = x.reshape(-1, x.shape[2])

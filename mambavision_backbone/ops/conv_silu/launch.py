@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..triton_support import launch, rows_of
+from ..triton_support import ceil_div, launch, rows_of
 from . import kernels
 
 BLOCK_ROWS, BLOCK_D, WARPS = 32, 32, 4
@@ -29,7 +28,7 @@ class ConvSiLU(torch.autograd.Function):
         xz, s_xz = rows_of(xz)
         launch(
             kernels.forward,
-            (triton.cdiv(rows, BLOCK_ROWS), 2 * triton.cdiv(dim, BLOCK_D), 1),
+            (ceil_div(rows, BLOCK_ROWS), 2 * ceil_div(dim, BLOCK_D), 1),
             (xz, weight_x, weight_z, x, z, s_xz, rows, seqlen, dim),
             (BLOCK_ROWS, BLOCK_D),
             WARPS,
@@ -42,13 +41,13 @@ class ConvSiLU(torch.autograd.Function):
         xz, weight_x, weight_z = ctx.saved_tensors
         batch, seqlen, dim = dx.shape
         rows = batch * seqlen
-        programs = triton.cdiv(rows, BLOCK_ROWS * TILES)
+        programs = ceil_div(rows, BLOCK_ROWS * TILES)
         dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
         (xz, s_xz), (dx, s_dx), (dz, s_dz) = rows_of(xz), rows_of(dx), rows_of(dz)
         dw = torch.empty(programs, 3, 2 * dim, dtype=torch.float32, device=xz.device)
         launch(
             kernels.backward,
-            (programs, 2 * triton.cdiv(dim, BLOCK_D), 1),
+            (programs, 2 * ceil_div(dim, BLOCK_D), 1),
             (
                 dx, dz, xz, weight_x, weight_z, dxz, dw,
                 s_dx, s_dz, s_xz, rows, seqlen, dim, TILES,

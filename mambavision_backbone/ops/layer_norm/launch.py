@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..triton_support import compute_dtype, launch
+from ..triton_support import ceil_div, compute_dtype, launch, power_of_2
 from . import kernels
 
 ROWS = 2  # of a tile
@@ -35,10 +34,10 @@ def _forward(
     normed = torch.empty_like(x, dtype=compute_dtype(total))
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    block = triton.next_power_of_2(channels)
+    block = power_of_2(channels)
     launch(
         kernels.forward,
-        (triton.cdiv(rows, ROWS), 1, 1),
+        (ceil_div(rows, ROWS), 1, 1),
         (
             x, y, gamma, factor, weight, bias, total, normed, mean, rstd,
             rows, x.shape[1], channels, eps,
@@ -68,10 +67,10 @@ def _backward(
     """
     channels = total.shape[-1]
     rows = total.numel() // channels
-    tiles = triton.cdiv(rows, ROWS * PROGRAMS)
-    programs = triton.cdiv(rows, ROWS * tiles)
+    tiles = ceil_div(rows, ROWS * PROGRAMS)
+    programs = ceil_div(rows, ROWS * tiles)
     dparam = torch.empty(programs, 3, channels, dtype=torch.float32, device=total.device)
-    block = triton.next_power_of_2(channels)
+    block = power_of_2(channels)
     options = (dtotal is not None, dy is not None, gamma is not None, factor is not None)
     launch(
         kernels.backward,
@@ -161,7 +160,7 @@ class MapNorm(torch.autograd.Function):
         block_c, block_p, warps = _map_blocks(channels)
         launch(
             kernels.map_forward,
-            (triton.cdiv(pixels, block_p), batch, 1),
+            (ceil_div(pixels, block_p), batch, 1),
             (
                 x, weight, bias, y, mean, rstd,
                 x.stride(0), x.stride(2), x.stride(3), x.stride(1), pixels, width, channels, eps,
@@ -179,8 +178,8 @@ class MapNorm(torch.autograd.Function):
         batch, channels, height, width = x.shape
         pixels = height * width
         block_c, block_p, warps = _map_blocks(channels)
-        tiles = triton.cdiv(pixels * batch, block_p * PROGRAMS)
-        programs = triton.cdiv(pixels, block_p * tiles)
+        tiles = ceil_div(pixels * batch, block_p * PROGRAMS)
+        programs = ceil_div(pixels, block_p * tiles)
         dy = dy.flatten(2)
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         dparam = torch.empty(batch * programs, 2, channels, dtype=torch.float32, device=x.device)
@@ -201,5 +200,5 @@ class MapNorm(torch.autograd.Function):
 
 def _map_blocks(channels: int) -> tuple[int, int, int]:
     """Channels and pixels of a tile, and warps."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = power_of_2(channels)
     return block_c, 32 if block_c <= 256 else 16, 4 if block_c <= 512 else 8

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ...triton_support import launch
+from ...triton_support import ceil_div, launch, power_of_2
 from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
@@ -42,16 +41,16 @@ class _Sizes(NamedTuple):
     @property
     def block(self) -> tuple[int, int]:
         """The kernels' BD, BN."""
-        return BLOCK_D, triton.next_power_of_2(self.dstate)
+        return BLOCK_D, power_of_2(self.dstate)
 
 
 def _sizes(u: Tensor, A: Tensor) -> _Sizes:
     batch, seqlen, dim = u.shape
-    blocks_d = triton.cdiv(dim, BLOCK_D)
-    wanted = min(triton.cdiv(PROGRAMS, batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
-    tokens = seqlen if wanted < 2 else triton.cdiv(seqlen, wanted)
-    tokens = triton.cdiv(tokens, 16) * 16  # whole tiles, whatever their size
-    chunks = triton.cdiv(seqlen, tokens)
+    blocks_d = ceil_div(dim, BLOCK_D)
+    wanted = min(ceil_div(PROGRAMS, batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
+    tokens = seqlen if wanted < 2 else ceil_div(seqlen, wanted)
+    tokens = ceil_div(tokens, 16) * 16  # whole tiles, whatever their size
+    chunks = ceil_div(seqlen, tokens)
     return _Sizes(batch, seqlen, dim, A.shape[1], tokens, chunks, blocks_d)
 
 
@@ -97,12 +96,12 @@ def _carry(
     )  # fmt: skip
     launch(
         kernels.carry,
-        (triton.cdiv(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch),
+        (ceil_div(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch),
         (
             ends[0], ends[-1], A, sums, carried[0], carried[-1],
             sizes.chunks, sizes.dim, sizes.dstate,
         ),
-        (back, CARRY_BLOCK_D, triton.next_power_of_2(sizes.chunks)),
+        (back, CARRY_BLOCK_D, power_of_2(sizes.chunks)),
         CARRY_WARPS,
     )  # fmt: skip
     return carried[0], carried[-1]

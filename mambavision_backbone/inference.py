@@ -1,0 +1,173 @@
+"""Faster inference with the same weights: folded batch norms, half precision, CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .backbone import MambaVision
+from .layers.blocks import ConvBlock
+from .layers.stem import PatchEmbed
+from .ops.bias_act import bias_act
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def accelerate(model: nn.Module, dtype: torch.dtype | None = None, graphs: int = 32) -> nn.Module:
+    """Make the backbone of a detector or segmenter fast for inference, in place.
+
+    The rest of the model is left alone: run it under autocast to have it in half precision too.
+    ``model`` may be what mmdet's and mmseg's inferencers hold: ``accelerate(inferencer.model)``.
+
+    Args:
+        model: a model whose ``backbone`` is a MambaVision, or a MambaVision.
+        dtype: of weights and computation: float16, bfloat16 or float32; by default float16 on a
+            GPU and float32 on a CPU.
+        graphs: how many input shapes to keep a CUDA graph of.
+
+    Returns:
+        The model; of a MambaVision, the :class:`FastBackbone` made of it.
+
+    Raises:
+        TypeError: the model has no MambaVision as its backbone.
+        ValueError: another dtype, or float16 on a CPU.
+    """
+    if isinstance(model, MambaVision):
+        return FastBackbone(model, dtype, graphs)
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, MambaVision):
+        raise TypeError(
+            f"{type(model).__name__} has no MambaVision as its backbone: nothing to accelerate"
+        )
+    model.backbone = FastBackbone(backbone, dtype, graphs)
+    return model
+
+
+class FastBackbone(nn.Module):
+    """A copy of a MambaVision for inference.
+
+    Batch norms are folded into the convolutions and weights are kept in ``dtype``. On a GPU the
+    kernels of an input shape that comes a second time are captured as a CUDA graph and replayed
+    from then on. A graph is for one shape exactly: shapes are not padded further than the model's
+    data preprocessor does (to multiples of 32 in mmdet, some forty shapes in COCO), so results do
+    not depend on which shapes were seen before. The first ``graphs`` shapes to come twice are
+    captured, all others run as they are; hence the memory that graphs take is bounded.
+
+    Args:
+        backbone: the network; it is not changed.
+        dtype: see :func:`accelerate`.
+        graphs: see :func:`accelerate`.
+    """
+
+    def __init__(
+        self, backbone: MambaVision, dtype: torch.dtype | None = None, graphs: int = 32
+    ) -> None:
+        super().__init__()
+        device = next(backbone.parameters()).device
+        if dtype is None:
+            dtype = torch.float16 if device.type == "cuda" else torch.float32
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+        if dtype == torch.float16 and device.type == "cpu":
+            raise ValueError("float16 needs a GPU: a CPU has bfloat16 and float32")
+        if graphs < 0:
+            raise ValueError(f"graphs must not be negative, got {graphs}")
+        self.dtype = dtype
+        self.max_graphs = graphs
+        net = copy.deepcopy(backbone).eval().requires_grad_(False)
+        net.patch_embed = _FoldedStem(net.patch_embed)  # type: ignore[assignment]
+        for level in net.levels[:2]:
+            level.blocks = nn.ModuleList(_FoldedConvBlock(b) for b in level.blocks)  # type: ignore
+        net._caster.slots.clear()  # they hold the layers that were replaced
+        self.net = net.to(dtype).to(memory_format=torch.channels_last)
+        self._seen: set[tuple[int, ...]] = set()
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features as ``MambaVision`` gives them, in x's dtype (under autocast in ``dtype``)."""
+        out_dtype = self.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            outs = self._run(x.to(self.dtype))
+        return tuple(out.to(out_dtype) for out in outs)
+
+    def train(self, mode: bool = True) -> FastBackbone:
+        """Stay in eval mode; RuntimeError for ``mode=True``."""
+        if mode:
+            raise RuntimeError("a FastBackbone is for inference: train the MambaVision itself")
+        return super().train(mode)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, ...]:
+        key = tuple(x.shape)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if not x.is_cuda or key not in self._seen or len(self._graphs) >= self.max_graphs:
+                if len(self._graphs) < self.max_graphs:
+                    self._seen.add(key)
+                return self.net(x)
+            graph = self._graphs[key] = self._capture(x)
+        graph.x.copy_(x)
+        graph.graph.replay()
+        return tuple(out.clone() for out in graph.outs)
+
+    def _capture(self, x: Tensor) -> _Graph:
+        static = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.device(x.device), torch.cuda.stream(stream):
+            self.net(static)  # libraries choose their algorithms and allocate workspaces
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        with torch.cuda.device(x.device), torch.cuda.graph(graph, pool=pool):
+            outs = self.net(static)
+        return _Graph(graph, static, outs)
+
+
+class _Graph(NamedTuple):
+    """A captured graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    outs: tuple[Tensor, ...]
+
+
+class _FoldedConv(nn.Module):
+    """``act(BN(conv(y)))``, plus x, with the batch norm folded into weight and bias."""
+
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: str, gamma: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        folded = fuse_conv_bn_eval(conv.double(), norm.double())
+        weight, bias = folded.weight.detach(), folded.bias.detach()
+        if gamma is not None:
+            weight, bias = weight * gamma.view(-1, 1, 1, 1), bias * gamma
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.stride, self.padding, self.act = conv.stride, conv.padding, act
+
+    def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
+        y = F.conv2d(y, self.weight, None, self.stride, self.padding)
+        return bias_act(y, self.bias, self.act, x)
+
+
+class _FoldedStem(nn.Sequential):
+    def __init__(self, stem: PatchEmbed) -> None:
+        conv1, norm1, _, conv2, norm2, _ = stem.conv_down
+        super().__init__(_FoldedConv(conv1, norm1, "relu"), _FoldedConv(conv2, norm2, "relu"))
+
+
+class _FoldedConvBlock(nn.Module):
+    def __init__(self, block: ConvBlock) -> None:
+        super().__init__()
+        self.conv1 = _FoldedConv(block.conv1, block.norm1, "gelu_tanh")
+        self.conv2 = _FoldedConv(block.conv2, block.norm2, "none", block.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x), x)

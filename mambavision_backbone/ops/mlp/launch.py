@@ -1,0 +1,77 @@
+"""Sizes, buffers and launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..triton_support import ceil_div, compute_dtype, launch
+from . import kernels
+
+BLOCK_ROWS, BLOCK_C, WARPS = 16, 128, 4
+PROGRAMS = 128  # along the rows, at most
+
+
+def _gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(h), the gradient of h, and in float32 its sum over rows; all (rows, C)."""
+    rows, channels = h.shape
+    tiles = ceil_div(rows, BLOCK_ROWS * PROGRAMS)
+    programs = ceil_div(rows, BLOCK_ROWS * tiles)
+    g, dh = torch.empty_like(h), torch.empty_like(h)
+    db = torch.empty(programs, channels, dtype=torch.float32, device=h.device)
+    launch(
+        kernels.backward,
+        (programs, ceil_div(channels, BLOCK_C), 1),
+        (dg, h, dh, g, db, rows, channels, tiles),
+        (BLOCK_ROWS, BLOCK_C),
+        WARPS,
+    )
+    return g, dh, db.sum(0)
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sum over rows of (rows, C), in float32; PyTorch's takes three times as long."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, channels = x.shape
+    tiles = ceil_div(rows, BLOCK_ROWS * PROGRAMS)
+    programs = ceil_div(rows, BLOCK_ROWS * tiles)
+    parts = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+    launch(
+        kernels.column_sum,
+        (programs, ceil_div(channels, BLOCK_C), 1),
+        (x, parts, x.stride(0), rows, channels, tiles),
+        (BLOCK_ROWS, BLOCK_C),
+        WARPS,
+    )
+    return parts.sum(0)
+
+
+class MlpFunction(torch.autograd.Function):
+    """``mlp`` with gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+    ) -> Tensor:
+        """Both layers, in autocast's dtype where that is on."""
+        dtype = compute_dtype(x)
+        ctx.x_dtype, ctx.dtypes = x.dtype, [weight1.dtype, bias1.dtype, weight2.dtype, bias2.dtype]
+        x, weight1, bias1, weight2, bias2 = (
+            t.to(dtype) for t in (x, weight1, bias1, weight2, bias2)
+        )
+        ctx.save_for_backward(x, weight1, bias1, weight2)
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the five inputs."""
+        x, weight1, bias1, weight2 = ctx.saved_tensors
+        x_rows, dy_rows = x.flatten(0, 1), dy.flatten(0, 1)
+        h = torch.addmm(bias1, x_rows, weight1.t())
+        g, dh, dbias1 = _gelu_backward(dy_rows @ weight2, h)
+        grads = (dh.t() @ x_rows, dbias1, dy_rows.t() @ g, column_sum(dy_rows))
+        dx = (dh @ weight1).view_as(x).to(ctx.x_dtype)
+        return dx, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))

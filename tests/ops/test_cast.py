@@ -1,0 +1,84 @@
+"""Weights cast at once: same results as autocast's own casts, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision_backbone import MambaVision
+from mambavision_backbone.ops import cast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def model(tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> MambaVision:
+    monkeypatch.setattr(cast, "fusible", lambda _: True)
+    return MambaVision(tiny_arch, drop_path_rate=0.0, frozen_stages=1).to(DEVICE)
+
+
+def run(model: MambaVision, x: Tensor) -> list[Tensor]:
+    """Maps and gradients under autocast."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        outs = model(x)
+    if outs[0].requires_grad:
+        sum(o.float().square().mean() for o in outs[1:]).backward()
+    return [*outs, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_training_is_as_with_autocasts_own(
+    model: MambaVision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 3, 64, 64, device=DEVICE)
+    own = dict(model.named_parameters())
+    got = run(model, x)
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in own.items()}
+    monkeypatch.setattr(cast, "fusible", lambda _: False)
+    wanted = run(model, x)
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+    assert all(p.grad is None for p in model.levels[0].blocks.parameters())  # frozen
+
+
+def test_inference_casts_again_only_when_a_weight_changed(model: MambaVision) -> None:
+    x = torch.randn(1, 3, 64, 64, device=DEVICE)
+    model.eval()
+    with torch.no_grad():
+        first = run(model, x)
+        kept = model._caster.kept
+        assert len(kept) == len(model._caster.slots)
+        run(model, x)
+        assert model._caster.kept is kept
+        model.levels[2].blocks[0].mlp.fc1.weight.mul_(2)
+        second = run(model, x)
+        assert model._caster.kept is not kept
+        assert not torch.equal(first[2], second[2])
+    model.train()
+    assert model._caster.kept == []
+
+
+def test_a_copy_of_the_model_uses_its_own_weights(model: MambaVision) -> None:
+    x = torch.randn(1, 3, 64, 64, device=DEVICE)
+    model.eval()
+    with torch.no_grad():
+        first = run(model, x)
+        other = copy.deepcopy(model)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert all((out == 0).all() for out in run(other, x))
+        assert all(torch.equal(a, b) for a, b in zip(run(model, x), first, strict=True))
+
+
+def test_weights_come_back_after_an_error(model: MambaVision) -> None:
+    weight = model.levels[3].blocks[0].mlp.fc1.weight
+    model.levels[3].blocks[0].mlp.fc2 = torch.nn.Identity()
+    with pytest.raises(RuntimeError):
+        run(model, torch.randn(1, 3, 64, 64, device=DEVICE))
+    assert model.levels[3].blocks[0].mlp.fc1.weight is weight

@@ -1,0 +1,50 @@
+"""The MLP that computes its activation again, against PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import Tensor
+
+from mambavision_backbone.ops import mlp as package
+from mambavision_backbone.ops.mlp import mlp
+from tests.conftest import relative_error
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels are interpreted
+
+
+def with_gradients(x: Tensor, layer: Mlp, dy: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = mlp(x, layer)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy.to(y.dtype))]
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (1, 1, 3), (1, 70, 40)], ids=str)
+def test_value_and_gradients(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Mlp(shape[2], 4 * shape[2]).to(DEVICE)
+    x, dy = torch.randn(2, *shape, device=DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "fusible", lambda _: True)
+        got = with_gradients(x, layer, dy)
+    monkeypatch.setattr(package, "fusible", lambda _: False)
+    exact = with_gradients(x.double(), layer.double(), dy.double())
+    for i, (a, b) in enumerate(zip(got, exact, strict=True)):
+        assert relative_error(a, b) < 1e-5, i
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_error_is_that_of_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 1.5 times the error of PyTorch's operators under autocast, against float64."""
+    layer = Mlp(320, 1280).cuda()
+    x, dy = torch.randn(2, 2, 4200, 320, device="cuda").to(dtype)
+    with torch.autocast("cuda", dtype):
+        got = with_gradients(x, layer, dy)
+        monkeypatch.setattr(package, "fusible", lambda _: False)
+        eager = with_gradients(x, layer, dy)
+    exact = with_gradients(x.double(), layer.double(), dy.double())
+    for i, (a, e, b) in enumerate(zip(got, eager, exact, strict=True)):
+        assert relative_error(a, b) <= 1.5 * max(relative_error(e, b), 1e-7), i
