@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +23,7 @@ from unittest.mock import patch
 import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, commit, relative_error
+from common import RESULTS, commit, device_name, relative_error, show
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
@@ -189,17 +187,10 @@ def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def show(message: str) -> None:
-    """One progress line on a terminal, nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
-
-
 def context(args: argparse.Namespace) -> dict[str, Any]:
     """Where and what was measured."""
-    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     return {
-        "device": gpu or platform.processor() or platform.machine(),
+        "device": device_name(args.device),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "mode": "training, forward and backward" if args.train else "inference",

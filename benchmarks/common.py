@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,3 +24,15 @@ def commit() -> str:
     """The commit that is measured, marked where files differ from it."""
     git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def device_name(device: str) -> str:
+    """Of the GPU or the processor that is measured."""
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return gpu or platform.processor() or platform.machine()
+
+
+def show(message: str) -> None:
+    """One progress line on a terminal, nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)

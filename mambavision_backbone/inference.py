@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +80,12 @@ class FastBackbone(nn.Module):
         self.dtype = dtype
         self.max_graphs = graphs
         net = copy.deepcopy(backbone).eval().requires_grad_(False)
-        net.patch_embed = _FoldedStem(net.patch_embed)  # type: ignore[assignment]
+        net.patch_embed = _folded_stem(net.patch_embed)  # type: ignore[assignment]
         for level in net.levels[:2]:
-            level.blocks = nn.ModuleList(_FoldedConvBlock(b) for b in level.blocks)  # type: ignore
+            level.blocks = nn.ModuleList(map(_FoldedConvBlock, level.blocks))  # type: ignore
         net._caster.slots.clear()  # they hold the layers that were replaced
-        self.net = net.to(dtype).to(memory_format=torch.channels_last)
+        self.net = net.to(dtype)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
@@ -140,11 +141,10 @@ class _Graph(NamedTuple):
 class _FoldedConv(nn.Module):
     """``act(BN(conv(y)))``, plus x, with the batch norm folded into weight and bias."""
 
-    def __init__(
-        self, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: str, gamma: Tensor | None = None
-    ) -> None:
+    def __init__(self, conv: Any, norm: Any, act: str, gamma: Tensor | None = None) -> None:
         super().__init__()
         folded = fuse_conv_bn_eval(conv.double(), norm.double())
+        assert folded.bias is not None
         weight, bias = folded.weight.detach(), folded.bias.detach()
         if gamma is not None:
             weight, bias = weight * gamma.view(-1, 1, 1, 1), bias * gamma
@@ -157,10 +157,9 @@ class _FoldedConv(nn.Module):
         return bias_act(y, self.bias, self.act, x)
 
 
-class _FoldedStem(nn.Sequential):
-    def __init__(self, stem: PatchEmbed) -> None:
-        conv1, norm1, _, conv2, norm2, _ = stem.conv_down
-        super().__init__(_FoldedConv(conv1, norm1, "relu"), _FoldedConv(conv2, norm2, "relu"))
+def _folded_stem(stem: PatchEmbed) -> nn.Sequential:
+    conv1, norm1, _, conv2, norm2, _ = stem.conv_down
+    return nn.Sequential(_FoldedConv(conv1, norm1, "relu"), _FoldedConv(conv2, norm2, "relu"))
 
 
 class _FoldedConvBlock(nn.Module):

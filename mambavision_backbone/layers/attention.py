@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.linear import linear
 from .windows import Crop
 
 
@@ -26,16 +27,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
         """Attend within each window; with ``keep``, compute the output of the kept tokens only."""
         if keep is None:
-            q, k, v = self._heads(self.qkv(x))
+            q, k, v = linear(x, self.qkv).chunk(3, dim=2)
         else:
             dim = x.shape[2]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(F.linear(keep(x), weight[:dim], bias[:dim]))
-            k, v = self._heads(F.linear(x, weight[dim:], bias[dim:]))
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+            q = linear(keep(x), self.qkv, slice(dim))
+            k, v = linear(x, self.qkv, slice(dim, None)).chunk(2, dim=2)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return linear(x, self.proj)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, L, parts·C) → for each part (B, heads, L, C/heads)."""
-        x = x.unflatten(2, (-1, self.num_heads, self.head_dim))
-        return x.permute(2, 0, 3, 1, 4).unbind(0)
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, L, C) → (B, heads, L, C/heads)."""
+        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)

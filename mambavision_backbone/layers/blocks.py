@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from ..ops.conv_norm import conv_norm
 from ..ops.layer_norm import add, add_norm, norm
 from ..ops.mlp import mlp
 from .windows import Crop
@@ -34,10 +37,22 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        y = self.act1(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = self.act1(conv_norm(x, self.conv1, self.norm1))
+        y = conv_norm(y, self.conv2, self.norm2)
         gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
         return add(x, y, gamma, _drop_factor(self, x))
+
+
+class Branch(NamedTuple):
+    """The output y of a residual branch, its layer scale and its factors of drop path, or None."""
+
+    y: Tensor
+    gamma: Tensor | None
+    factor: Tensor | None
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """Return ``x + factor * gamma * y``."""
+        return add(x, self.y, self.gamma, self.factor)
 
 
 class TokenBlock(nn.Module):
@@ -70,12 +85,27 @@ class TokenBlock(nn.Module):
         self.gamma_1 = _gamma(dim, layer_scale)
         self.gamma_2 = _gamma(dim, layer_scale)
 
-    def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
-        """Apply the block; with ``keep``, return the kept tokens only."""
-        y = self.mixer(norm(x, self.norm1), keep)
+    def forward(
+        self, x: Tensor, branch: Branch | None = None, keep: Crop | None = None
+    ) -> tuple[Tensor, Branch]:
+        """Apply the block, up to the last sum: that is fused with the next block's first norm.
+
+        Args:
+            x: the stream.
+            branch: what the block before left to be added to it.
+            keep: return the kept tokens only.
+
+        Returns:
+            The stream, and what is to be added to it.
+        """
+        if branch is None:
+            y = norm(x, self.norm1)
+        else:
+            x, y = add_norm(x, branch.y, self.norm1, branch.gamma, branch.factor)
+        y = self.mixer(y, keep)
         x = x if keep is None else keep(x)
         x, y = add_norm(x, y, self.norm2, self.gamma_1, _drop_factor(self, x))
-        return add(x, mlp(y, self.mlp), self.gamma_2, _drop_factor(self, x))
+        return x, Branch(mlp(y, self.mlp), self.gamma_2, _drop_factor(self, x))
 
 
 def _gamma(dim: int, init: float | None) -> nn.Parameter | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.conv_silu import conv_silu
+from ..ops.linear import linear
 from ..ops.selective_scan import selective_scan
 from .windows import Crop
 
@@ -63,7 +64,7 @@ class MambaVisionMixer(nn.Module):
         # depend on that.
         y = selective_scan(
             x,
-            self.dt_proj(dt),
+            linear(dt, self.dt_proj),
             -torch.exp(self.A_log.float()),
             B,
             C,

@@ -28,7 +28,7 @@ class _Stage(nn.Module):
         self.downsample = Downsample(dim) if downsample else None
         self.with_cp = with_cp
 
-    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+    def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -108,6 +108,8 @@ class TokenStage(_Stage):
         tokens, grid = partition(x, self.window_size, self.window_mode)
         keep, grid = grid.crop()  # nobody reads what the last block makes of padding
         *others, last = self.blocks
+        branch = None
         for block in others:
-            tokens = self._run(block, tokens)
-        return merge(self._run(last, tokens, keep), grid)
+            tokens, branch = self._run(block, tokens, branch)
+        tokens, branch = self._run(last, tokens, branch, keep)
+        return merge(branch.add_to(tokens), grid)

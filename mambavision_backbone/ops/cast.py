@@ -27,7 +27,7 @@ class _CastAll(torch.autograd.Function):
 
 def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     copies = [torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(copies, tensors)
+    torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
@@ -44,7 +44,7 @@ class WeightCaster:
     """
 
     def __init__(self, network: nn.Module, but: Sequence[nn.Module]) -> None:
-        self.slots = [
+        self.slots: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name)
             for module in network.modules()
             if isinstance(module, nn.Linear | nn.Conv2d)

@@ -148,7 +148,9 @@ _NO_CONTEXT = _NoContext()
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the layers behind x compute in: autocast's where it is on, else x's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -78,7 +78,7 @@ def test_a_copy_of_the_model_uses_its_own_weights(model: MambaVision) -> None:
 
 def test_weights_come_back_after_an_error(model: MambaVision) -> None:
     weight = model.levels[3].blocks[0].mlp.fc1.weight
-    model.levels[3].blocks[0].mlp.fc2 = torch.nn.Identity()
-    with pytest.raises(RuntimeError):
+    model.levels[3].blocks[1].mixer = torch.nn.Identity()
+    with pytest.raises(TypeError):
         run(model, torch.randn(1, 3, 64, 64, device=DEVICE))
     assert model.levels[3].blocks[0].mlp.fc1.weight is weight

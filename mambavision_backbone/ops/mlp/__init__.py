@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..triton_support import fusible
 
@@ -15,9 +15,9 @@ def mlp(x: Tensor, layer: Mlp) -> Tensor:
     In training on a GPU the hidden tokens, the largest of a block, are computed again in the
     backward pass: a fifth more products for a fifth to a quarter less memory of the whole network.
     """
-    if torch.is_grad_enabled() and fusible(x):
+    fc1, fc2 = layer.fc1, layer.fc2
+    if torch.is_grad_enabled() and fusible(x) and type(fc1) is type(fc2) is nn.Linear:
         from .launch import MlpFunction
 
-        fc1, fc2 = layer.fc1, layer.fc2
         return MlpFunction.apply(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return layer(x)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linear.launch import column_sum
 from ..triton_support import ceil_div, compute_dtype, launch
 from . import kernels
 
@@ -30,23 +31,6 @@ def _gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         WARPS,
     )
     return g, dh, db.sum(0)
-
-
-def column_sum(x: Tensor) -> Tensor:
-    """The sum over rows of (rows, C), in float32; PyTorch's takes three times as long."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    rows, channels = x.shape
-    tiles = ceil_div(rows, BLOCK_ROWS * PROGRAMS)
-    programs = ceil_div(rows, BLOCK_ROWS * tiles)
-    parts = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
-    launch(
-        kernels.column_sum,
-        (programs, ceil_div(channels, BLOCK_C), 1),
-        (x, parts, x.stride(0), rows, channels, tiles),
-        (BLOCK_ROWS, BLOCK_C),
-        WARPS,
-    )
-    return parts.sum(0)
 
 
 class MlpFunction(torch.autograd.Function):

@@ -1,0 +1,299 @@
+"""Time backbones on a GPU in every mode that a user can choose, beside peers in theirs.
+
+    python benchmarks/modes.py
+    python benchmarks/modes.py --cases "T fit" "ConvNeXt-T" --dtype bfloat16
+
+Inference: ``amp`` is float32 weights under autocast; ``half`` weights in half precision (for
+MambaVision by ``accelerate``, which also folds batch norms), kernels launched one by one; ``graph``
+the same as a CUDA graph (for MambaVision by ``accelerate``, its copies in and out included);
+``compiled`` torch.compile(mode="reduce-overhead"), which uses CUDA graphs too. Training is forward
+and backward under autocast, with gradients given for the maps: ``eager``; ``graph`` with the whole
+pass in one CUDA graph; ``compiled``. All in channels-last. The median of the runs, host included,
+and the peak memory that PyTorch allocates. The error is ‖a − b‖ / ‖b‖ against float64, of maps and,
+in training, of parameters' gradients. Writes a JSON file and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from common import RESULTS, commit, device_name, relative_error, show
+from torch import Tensor, nn
+
+from mambavision_backbone import MambaVision
+from mambavision_backbone.inference import accelerate
+
+DETECTION, SEGMENTATION, CLASSIFICATION = (8, 8, 112, 56), (8, 8, 64, 32), (8, 8, 14, 7)
+COCO, ADE, IMAGENET = (2, 800, 1344), (16, 512, 512), (128, 224, 224)  # images, height, width
+Case = tuple[Callable[[], nn.Module], tuple[int, int, int], str]
+
+
+def ours(arch: str, windows: tuple[int, ...], mode: str) -> Callable[[], nn.Module]:
+    """A MambaVision without drop path: errors are taken against the same network."""
+    return lambda: MambaVision(arch, window_size=windows, window_mode=mode, drop_path_rate=0.0)
+
+
+def peer(name: str) -> Callable[[], nn.Module]:
+    """A network of timm that returns its maps."""
+    return lambda: timm.create_model(name, features_only=True)
+
+
+CASES: dict[str, Case] = {  # name: (network, input, passes)
+    "T fit": (ours("T", DETECTION, "fit"), COCO, "inference training"),
+    "ConvNeXt-T": (peer("convnext_tiny"), COCO, "inference training"),
+    "ResNet-50": (peer("resnet50"), COCO, "inference training"),
+    "MambaOut-T": (peer("mambaout_tiny"), COCO, "inference training"),
+    "T pad": (ours("T", DETECTION, "pad"), COCO, "inference training"),
+    "B fit": (ours("B", DETECTION, "fit"), COCO, "inference"),
+    "T fit, ADE20K": (ours("T", SEGMENTATION, "fit"), ADE, "training"),
+    "ConvNeXt-T, ADE20K": (peer("convnext_tiny"), ADE, "training"),
+    "T, ImageNet": (ours("T", CLASSIFICATION, "pad"), IMAGENET, "inference"),
+}
+COMPILED = ("T fit", "ConvNeXt-T", "ResNet-50", "ConvNeXt-T, ADE20K")
+# The goals: case, pass, modes of which the best counts, highest ms, highest MiB, and a case whose
+# best mode (of the same pass and modes) it is compared with, with the highest ratio.
+GRAPHS = ("graph", "compiled")
+GOALS: list[tuple[str, str, tuple[str, ...], float, float | None, str | None, float | None]] = [
+    ("T fit", "inference", GRAPHS, 3.0, None, "ConvNeXt-T", 0.75),
+    ("T fit", "inference", ("amp", "half"), 5.0, None, "ResNet-50", 1.0),
+    ("T fit", "training", GRAPHS, 13.0, 1500, "ConvNeXt-T", 0.9),
+    ("T fit", "training", ("eager",), 25.0, None, "ResNet-50", 1.0),
+    ("T pad", "inference", (*GRAPHS, "half"), 8.5, None, None, None),
+    ("T pad", "training", (*GRAPHS, "eager"), 33.0, 2400, None, None),
+    ("B fit", "inference", GRAPHS, 6.5, None, None, None),
+    ("T fit, ADE20K", "training", GRAPHS, 20.0, 2500, "ConvNeXt-T, ADE20K", 0.9),
+    ("T, ImageNet", "inference", GRAPHS, 6.0, None, None, None),
+]
+
+
+def timed(run: Callable[[], Any], args: argparse.Namespace) -> dict[str, float]:
+    """Median, least and most seconds of a run, and its peak memory."""
+    for _ in range(args.warmup):
+        run()
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(args.runs):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {
+        "median_s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+    }
+
+
+def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A run as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def inference(
+    model: nn.Module, x: Tensor, compiles: bool, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The modes of inference, each with a run that returns the maps."""
+    model.eval()
+    x_half = x.to(dtype)
+
+    def amp() -> list[Tensor]:
+        with torch.autocast("cuda", dtype):
+            return model(x)
+
+    yield "amp", amp
+    if isinstance(model, MambaVision):
+        for mode, graphs in (("half", 0), ("graph", 1)):
+            fast = accelerate(model, dtype, graphs)
+            yield mode, lambda fast=fast: fast(x_half)
+        half: nn.Module = fast.net
+    else:
+        half = copy.deepcopy(model).to(dtype)
+        yield "half", lambda: half(x_half)
+        outs: list[Tensor] = []
+
+        def run() -> None:
+            outs[:] = half(x_half)
+
+        graph = captured(run)
+
+        def replay() -> list[Tensor]:
+            graph.replay()
+            return outs
+
+        yield "graph", replay
+    if compiles:
+        compiled = torch.compile(half, mode="reduce-overhead", fullgraph=True)
+        yield "compiled", lambda: compiled(x_half)
+
+
+def training(
+    model: nn.Module, x: Tensor, compiles: bool, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The modes of training, each with a run that returns the maps and leaves gradients."""
+    model.train()
+    grads: list[Tensor] = []
+
+    def step(model: nn.Module = model) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype):
+            outs = model(x)
+        if not grads:
+            generator = torch.Generator("cuda").manual_seed(1)
+            grads.extend(torch.empty_like(o).normal_(generator=generator) for o in outs)
+        torch.autograd.backward([o.to(g.dtype) for o, g in zip(outs, grads, strict=True)], grads)
+        return [o.detach() for o in outs]
+
+    yield "eager", step
+    outs: list[Tensor] = []
+
+    def run() -> None:
+        outs[:] = step()
+
+    graph = captured(run)
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outs
+
+    yield "graph", replay
+    if compiles:
+        del graph
+        model.zero_grad(set_to_none=True)
+        compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+        def marked() -> list[Tensor]:
+            torch.compiler.cudagraph_mark_step_begin()
+            return step(compiled)  # type: ignore[arg-type]
+
+        yield "compiled", marked
+
+
+def exact_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Maps of the same network, in its mode, in float64."""
+    with torch.no_grad():
+        return [o.detach() for o in copy.deepcopy(model).double()(x.double())]
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one case."""
+    build, (batch, *hw), passes = CASES[name]
+    dtype = getattr(torch, args.dtype)
+    rows = []
+    for pass_ in passes.split():
+        torch.manual_seed(0)
+        model = build().cuda().to(memory_format=torch.channels_last)
+        x = torch.randn(batch, 3, *hw, device="cuda").contiguous(memory_format=torch.channels_last)
+        model.train(pass_ == "training")
+        small = x if batch <= 2 else x[:2]
+        exact = exact_maps(model, small) if pass_ == "inference" else None
+        compiles = name in COMPILED and not args.no_compile
+        modes = {"inference": inference, "training": training}[pass_](model, x, compiles, dtype)
+        with torch.set_grad_enabled(pass_ == "training"):
+            for mode, run in modes:
+                show(f"{name}, {pass_}, {mode}")
+                row = {"case": name, "pass": pass_, "mode": mode, **timed(run, args)}
+                if exact is not None:
+                    row["error"] = relative_error([o[: len(small)] for o in run()], exact)
+                rows.append(row)
+        del model, modes, run, exact
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def best(rows: list[dict[str, Any]], case: str, pass_: str, modes: tuple[str, ...]) -> Any:
+    """The fastest row of a case in some modes, or None."""
+    rows = [r for r in rows if r["case"] == case and r["pass"] == pass_ and r["mode"] in modes]
+    return min(rows, key=lambda r: r["median_s"], default=None)
+
+
+def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was wanted and what was measured."""
+    goals = []
+    for case, pass_, modes, ms, mib, other, ratio in GOALS:
+        row = best(rows, case, pass_, modes)
+        if row is None:
+            continue
+        goal = {"case": case, "pass": pass_, "mode": row["mode"]}
+        goal |= {"ms": 1e3 * row["median_s"], "goal_ms": ms}
+        if mib is not None:
+            goal |= {"mib": row["peak_mib"], "goal_mib": mib}
+        peer_row = best(rows, other, pass_, modes) if other else None
+        if peer_row is not None:
+            goal |= {"over": f"{other}, {peer_row['mode']}", "goal_ratio": ratio}
+            goal["ratio"] = row["median_s"] / peer_row["median_s"]
+        goals.append(goal)
+    return goals
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--runs", type=int, default=30, help="counted runs of each mode")
+    parser.add_argument("--warmup", type=int, default=5, help="runs before them")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device; benchmarks/backbone.py measures on a CPU")
+
+    rows = []
+    print(f"{'case':20}{'pass':11}{'mode':10}{'median ms':>10}{'min':>8}{'max':>8}{'peak MiB':>10}")
+    for name in args.cases:
+        for row in measure(name, args):
+            times = "".join(f"{1e3 * row[k]:8.2f}" for k in ("median_s", "min_s", "max_s"))
+            error = f"  error {row['error']:.1e}" if "error" in row else ""
+            print(
+                f"{name:20}{row['pass']:11}{row['mode']:10}  {times}{row['peak_mib']:10.0f}{error}",
+                flush=True,
+            )
+            rows.append(row)
+    goals = check_goals(rows)
+    for goal in goals:
+        line = f"{goal['case']}, {goal['pass']} ({goal['mode']}): {goal['ms']:.2f} ms"
+        line += f" (goal {goal['goal_ms']:g})"
+        if "mib" in goal:
+            line += f", {goal['mib']:.0f} MiB (goal {goal['goal_mib']})"
+        if "ratio" in goal:
+            line += f", {goal['ratio']:.2f} of {goal['over']} (goal {goal['goal_ratio']:g})"
+        print(line)
+    facts = {
+        "device": device_name("cuda"),
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "commit": commit(),
+    }
+    out = args.out or RESULTS / f"modes_{args.dtype}.json"
+    out.write_text(json.dumps({**facts, "rows": rows, "goals": goals}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

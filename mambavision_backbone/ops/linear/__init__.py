@@ -1,0 +1,32 @@
+"""A linear layer of tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..triton_support import call, fusible
+
+
+def linear(x: Tensor, layer: nn.Linear, part: slice | None = None) -> Tensor:
+    """``layer(x)`` of tokens (B, L, C) → (B, L, D).
+
+    On a GPU the bias's gradient is summed by a Triton kernel, three times as fast as PyTorch's.
+
+    Args:
+        x: (B, L, C); rows may be spaced.
+        layer: with a bias; one that stands in for a linear layer (an adapter's, say) is called.
+        part: of the D outputs, those to compute.
+    """
+    if type(layer) is not nn.Linear:
+        y = layer(x)
+        return y if part is None else y[..., part]
+    weight: Tensor = layer.weight
+    bias: Tensor = layer.bias
+    if part is not None:
+        weight, bias = weight[part], bias[part]
+    if fusible(x):
+        from .launch import LinearFunction
+
+        return call(LinearFunction, x, weight, bias)
+    return F.linear(x, weight, bias)

@@ -1,0 +1,52 @@
+"""Sizes, buffers and launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..triton_support import ceil_div, compute_dtype, launch
+from . import kernels
+
+BLOCK_ROWS, BLOCK_C, WARPS = 16, 128, 4
+PROGRAMS = 128  # along the rows, at most
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sum over rows of (rows, C), in float32; PyTorch's takes three times as long."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, channels = x.shape
+    tiles = ceil_div(rows, BLOCK_ROWS * PROGRAMS)
+    programs = ceil_div(rows, BLOCK_ROWS * tiles)
+    parts = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+    launch(
+        kernels.column_sum,
+        (programs, ceil_div(channels, BLOCK_C), 1),
+        (x, parts, x.stride(0), rows, channels, tiles),
+        (BLOCK_ROWS, BLOCK_C),
+        WARPS,
+    )
+    return parts.sum(0)
+
+
+class LinearFunction(torch.autograd.Function):
+    """``linear`` with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Apply the layer, in autocast's dtype where that is on."""
+        dtype = compute_dtype(x)
+        ctx.dtypes = x.dtype, weight.dtype, bias.dtype
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the three inputs."""
+        x, weight = ctx.saved_tensors
+        dy = dy.flatten(0, 1)
+        grads = ((dy @ weight).view_as(x), dy.t() @ x.flatten(0, 1), column_sum(dy))
+        return tuple(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
