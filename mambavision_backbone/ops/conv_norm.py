@@ -32,11 +32,11 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     the bias is neither added nor differentiated, only its share in the running mean is kept. Its
     gradient is zero, as it is otherwise but for rounding.
     """
-    if conv.bias is None or not norm.training or norm.momentum is None or not fusible(x):
+    share = norm.momentum
+    if conv.bias is None or not norm.training or share in (None, 1) or not fusible(x):
         return norm(conv(x))
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    y = norm(_Without.apply(y, conv.bias))
     if norm.running_mean is not None:
-        with torch.no_grad():
-            norm.running_mean.add_(conv.bias, alpha=norm.momentum)
-    return y
+        with torch.no_grad():  # before the norm: it keeps a share of 1 - share of this
+            norm.running_mean.add_(conv.bias, alpha=share / (1 - share))
+    return norm(_Without.apply(y, conv.bias))

@@ -1,0 +1,75 @@
+"""The whole network by fused kernels (interpreted on a CPU) against PyTorch's operators."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision_backbone import MambaVision
+from mambavision_backbone.inference import accelerate
+from tests.conftest import relative_error
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPS = "mambavision_backbone.ops."
+MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mlp"]
+
+
+def set_fused(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    for name in MODULES:
+        monkeypatch.setattr(sys.modules[OPS + name], "fusible", lambda _: fused)
+
+
+def run(model: MambaVision, x: Tensor) -> dict[str, Tensor]:
+    """Maps, gradients and statistics."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)  # drop path
+    outs = model(x)
+    sum(o.square().mean() for o in outs).backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    buffers = {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+    return {**{str(i): o for i, o in enumerate(outs)}, **grads, **buffers}
+
+
+@pytest.mark.parametrize("mode", ["pad", "fit"])
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+def test_training(
+    mode: str,
+    layer_scale: float | None,
+    tiny_arch: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arch = {**tiny_arch, "layer_scale": layer_scale, "layer_scale_conv": layer_scale}
+    model = MambaVision(arch, window_mode=mode, drop_path_rate=0.3).to(DEVICE)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, 3, 40, 48, device=DEVICE)
+    set_fused(monkeypatch, True)
+    got = run(model, x)
+    set_fused(monkeypatch, False)
+    model.load_state_dict(state)
+    plain = run(model, x)
+    model.double().load_state_dict(state)
+    exact = run(model, x.double())
+    for name, b in exact.items():
+        if name.endswith(("conv1.bias", "conv2.bias")):
+            assert (got[name] == 0).all()  # without the kernels: rounding
+        else:
+            floor = relative_error(plain[name], b)
+            assert relative_error(got[name], b) < max(3 * floor, 1e-5), name
+
+
+def test_inference(tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MambaVision(tiny_arch).to(DEVICE).eval()
+    x = torch.randn(2, 3, 40, 48, device=DEVICE)
+    with torch.no_grad():
+        wanted = model(x)
+        set_fused(monkeypatch, True)
+        for net in (model, accelerate(model, torch.float32)):
+            for a, b in zip(net(x), wanted, strict=True):
+                assert a.is_contiguous()
+                assert relative_error(a, b) < 1e-5
