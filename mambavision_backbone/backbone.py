@@ -45,6 +45,8 @@ class MambaVision(BaseModule):
         out_norm: norm of the returned maps: ``LN`` (over channels), ``BN`` or ``none``.
         scan_backend: ``auto``, ``chunked``, ``triton``, ``mamba_ssm`` or ``reference``; see
             ``ops.selective_scan``.
+        compile: run through ``torch.compile``, as one graph with dynamic height and width. The
+            first runs take minutes, and torch.compile needs a C++ compiler.
         init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` loads a file strictly.
 
     Raises:
@@ -64,6 +66,7 @@ class MambaVision(BaseModule):
         in_channels: int = 3,
         out_norm: str = "LN",
         scan_backend: str = "auto",
+        compile: bool = False,
         init_cfg: Any = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -115,6 +118,8 @@ class MambaVision(BaseModule):
         self._caster = WeightCaster(
             self, but=[m.dt_proj for m in self.modules() if isinstance(m, MambaVisionMixer)]
         )
+        if compile:
+            self.compile(fullgraph=True, dynamic=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Features of an image batch.

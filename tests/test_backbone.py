@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from mambavision_backbone import VARIANTS, MambaVision
 from mambavision_backbone.layers.attention import Attention
 from mambavision_backbone.layers.mixer import MambaVisionMixer
-from tests.conftest import published_keys, read_golden, relative_error
+from tests.conftest import TINY_ARCH, published_keys, read_golden, relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -264,3 +265,48 @@ def test_exports(tiny_arch: dict[str, Any]) -> None:
     assert "mambavision.selective_scan" in str(program.graph)
     for a, b in zip(program.module()(x), model(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Short sides of 800 at most, long ones of 1333, divided by 8: the sizes that COCO's images get.
+COCO_SIZES = [
+    (100, 136), (136, 100), (100, 152), (152, 100), (96, 168), (168, 96), (100, 100), (100, 128),
+    (128, 100), (76, 168), (100, 132), (132, 100), (100, 144), (144, 100), (100, 112), (112, 100),
+    (88, 168), (168, 88), (100, 160), (160, 100),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("mode", ["pad", "fit"])
+def test_twenty_sizes_take_a_handful_of_compilations(mode: str, train: bool) -> None:
+    arch = {**TINY_ARCH, "depths": (1, 1, 1, 1), "window_size": (8, 8, 7, 4)}
+    model = MambaVision(arch, window_mode=mode).train(train)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(train):
+        for hw in COCO_SIZES:
+            compiled(torch.randn(2, 3, *hw))
+    assert counter.frame_count <= 5
+
+
+@pytest.mark.slow
+def test_compile_switch(tiny_arch: dict[str, Any]) -> None:
+    """Compiled by its default compiler: same maps and gradients, other sizes, same names."""
+    torch._dynamo.reset()
+    model = MambaVision(tiny_arch, window_mode="fit", drop_path_rate=0.0, compile=True)
+    plain = MambaVision(tiny_arch, window_mode="fit", drop_path_rate=0.0)
+    plain.load_state_dict(model.state_dict())
+    for hw in ((48, 80), (64, 56)):
+        x = torch.randn(2, 3, *hw)
+        results = []
+        for net_ in (model, plain):
+            net_.zero_grad()
+            outs = net_(x)
+            sum(o.square().mean() for o in outs).backward()
+            results.append(
+                [*outs, *(p.grad for p in net_.parameters() if p.grad.abs().max() > 1e-6)]
+            )
+        assert len(results[0]) == len(results[1])
+        for a, b in zip(*results, strict=True):
+            assert relative_error(a, b) < 1e-3

@@ -47,6 +47,7 @@ from rich.progress import track
 from torch import nn
 
 from mambavision_backbone.checkpoint import read_checkpoint
+from mambavision_backbone.inference import accelerate
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
@@ -186,6 +187,8 @@ class Predictor:
         cfg: of a detector or segmenter.
         checkpoint: file or address of its weights.
         device: where it runs.
+        fast: fold the backbone's batch norms; on a GPU also run in half precision, and replay CUDA
+            graphs of input shapes that come again.
 
     Attributes:
         classes: names by label.
@@ -196,12 +199,20 @@ class Predictor:
         WeightsError: its backbone is another one.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: torch.device) -> None:
+    def __init__(
+        self, cfg: Config, checkpoint: str, device: torch.device, fast: bool = False
+    ) -> None:
         init_default_scope(cfg.default_scope)
         cfg.model.backbone.init_cfg = None
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
         meta = load_weights(self.model, checkpoint)
         self.model.to(device).eval()
+        self.half = fast and device.type == "cuda"
+        if fast:
+            try:
+                accelerate(self.model)
+            except TypeError as error:
+                raise ToolError(f"--fast: {error}") from error
         dataset = test_dataset(cfg)
         self.classes, self.palette = classes_of(self.model, meta, dataset)
         loader, *steps = [step for step in dataset.pipeline if "Annotation" not in step["type"]]
@@ -224,7 +235,8 @@ class Predictor:
     @torch.no_grad()
     def predict(self, batch: Sequence[tuple[Item, dict]]) -> list[tuple[Item, Any]]:
         """Each item with its data sample on the CPU."""
-        samples = self.model.test_step(pseudo_collate([data for _, data in batch]))
+        with torch.autocast("cuda", torch.float16, enabled=self.half):
+            samples = self.model.test_step(pseudo_collate([data for _, data in batch]))
         return [(item, sample.cpu()) for (item, _), sample in zip(batch, samples, strict=True)]
 
 
@@ -534,6 +546,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="fold the backbone's batch norms; on a GPU also run in half precision, and replay "
+        "CUDA graphs of input shapes that come again",
+    )
+    parser.add_argument(
         "--score-thr",
         type=float,
         default=0.3,
@@ -564,7 +582,7 @@ def main() -> None:
         if cfg.get("default_scope") not in ("mmdet", "mmseg"):
             raise ToolError(f"{args.config}: default_scope must be 'mmdet' or 'mmseg'")
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        predictor = Predictor(cfg, args.checkpoint, device)
+        predictor = Predictor(cfg, args.checkpoint, device, args.fast)
         task = (
             Detections(predictor, args.score_thr)
             if cfg.default_scope == "mmdet"

@@ -28,6 +28,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mambavision_backbone import MambaVision
 from mambavision_backbone.checkpoint import read_checkpoint
 
 
@@ -50,6 +51,12 @@ def parse_args() -> argparse.Namespace:
         default="float16" if torch.cuda.is_available() else "bfloat16",
         help="with --amp: float16 (default, GPU only) or bfloat16",
     )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="fold the backbone's batch norms; on a GPU also keep its weights in half precision, "
+        "replay CUDA graphs of input shapes that come again, and imply --amp",
+    )
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="save pictures of the predictions in this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a picture is shown")
@@ -71,6 +78,10 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
     elif args.out:
         for evaluator in evaluators_of(cfg, "test"):
             evaluator["output_dir"] = args.out
+    if args.fast:
+        args.amp |= torch.cuda.is_available()
+        dtype = args.amp_dtype if args.amp else "float32"
+        cfg.custom_hooks.append({"type": "FastInferenceHook", "dtype": dtype})
     if args.amp:
         if args.amp_dtype == "float16" and not torch.cuda.is_available():
             raise ToolError("--amp-dtype float16 needs a GPU: a CPU has bfloat16")
@@ -100,6 +111,8 @@ def main() -> None:
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check_model_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+        if args.fast and not isinstance(getattr(model, "backbone", None), MambaVision):
+            raise ToolError("--fast needs a config whose model.backbone is a MambaVision")
         runner.test()
 
 

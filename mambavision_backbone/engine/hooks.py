@@ -13,6 +13,7 @@ from torch import nn
 
 from ..backbone import MambaVision
 from ..checkpoint import WeightsError, backbone_weights, check_weights
+from ..inference import accelerate
 
 
 @HOOKS.register_module()
@@ -78,6 +79,23 @@ class BFloat16DetectionHook(Hook):
             is_head = hasattr(module, "predict_by_feat")
             if is_head and _cast_outputs not in module._forward_hooks.values():
                 module.register_forward_hook(_cast_outputs)
+
+
+@HOOKS.register_module()
+class FastInferenceHook(Hook):
+    """Make the backbone fast before a test run, after its weights are loaded.
+
+    Args:
+        dtype: ``float16``, ``bfloat16`` or ``float32``; see ``inference.accelerate``.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+
+    def before_test(self, runner: Any) -> None:
+        """Put the fast backbone in the model's own one's place."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        accelerate(model, getattr(torch, self.dtype))
 
 
 def _cast_inputs(_module: nn.Module, args: tuple[Any, ...]) -> Any:

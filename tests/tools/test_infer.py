@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import save_checkpoint
 from pycocotools import mask as coco_mask
 
+from mambavision_backbone.inference import accelerate
 from tests.conftest import ROOT, TINY_ARCH
 
 sys.path.append(str(ROOT / "tools"))
@@ -130,6 +131,48 @@ def test_detector(
         assert picture.shape == (height, width, 3)
         assert (picture != cv2.imread(image["path"])).any() == bool(image["instances"])
     assert not (tmp_path / "two" / "vis").exists()
+
+
+def test_fast_is_the_same(
+    detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU in float32: nothing but rounding differs."""
+    slow = run(monkeypatch, detector, tmp_path / "slow", photos / "0.png", "--no-vis")
+    fast = run(monkeypatch, detector, tmp_path / "fast", photos / "0.png", "--no-vis", "--fast")
+    pairs = zip(slow["images"][0]["instances"], fast["images"][0]["instances"], strict=True)
+    for a, b in pairs:
+        assert b["bbox"] == pytest.approx(a["bbox"], abs=0.05)
+        assert b["score"] == pytest.approx(a["score"], abs=1e-3)
+
+
+def test_fast_needs_a_mambavision(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infer, "load_weights", lambda *_: {})
+    cfg = infer.read_config(str(detector / "config.py"))
+    cfg.model.backbone = {"type": "mmdet.ResNet", "depth": 18}
+    with pytest.raises(infer.ToolError, match=r"--fast: CascadeRCNN has no MambaVision"):
+        infer.Predictor(cfg, str(detector / "model.pth"), torch.device("cpu"), fast=True)
+
+
+@pytest.mark.slow
+def test_inferencers_take_the_fast_backbone(detector: Path, segmenter: Path, photos: Path) -> None:
+    """Those of mmdet and mmseg, as docs/speed.md says."""
+    from mmdet.apis import DetInferencer
+    from mmseg.apis import MMSegInferencer
+
+    image = cv2.imread(str(photos / "0.png"))
+    results = []
+    for fast in (False, True):
+        files = [str(detector / name) for name in ("config.py", "model.pth")]
+        detect = DetInferencer(*files, device="cpu", show_progress=False)
+        files = [str(segmenter / name) for name in ("config.py", "model.pth")]
+        segment = MMSegInferencer(*files, device="cpu")
+        if fast:
+            accelerate(detect.model)
+            accelerate(segment.model)
+        results.append((detect(image)["predictions"][0], segment(image)["predictions"]))
+    (boxes, labels), (fast_boxes, fast_labels) = results
+    np.testing.assert_allclose(fast_boxes["scores"], boxes["scores"], atol=1e-3)
+    assert (np.asarray(labels) == np.asarray(fast_labels)).mean() > 0.99
 
 
 def test_score_threshold(

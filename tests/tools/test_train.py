@@ -91,7 +91,7 @@ def checkpoint(work_dir: Path, scope: str) -> Path:
 @pytest.mark.openmmlab
 @pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
 def test_train_test_and_resume(scope: str, shapes: Path, tmp_path: Path) -> None:
-    """One iteration or epoch, an evaluation, one by test.py in bfloat16, and a resumed run."""
+    """One iteration or epoch, an evaluation, a fast one in bfloat16, and a resumed run."""
     work_dir = tmp_path / "run"
     common = ["--data-root", roots(shapes)[scope], "--work-dir", work_dir]
     trained = tool("train.py", CONFIGS[scope], *common, "--amp", *options(scope))
@@ -110,7 +110,7 @@ def test_train_test_and_resume(scope: str, shapes: Path, tmp_path: Path) -> None
         CONFIGS[scope],
         checkpoint(work_dir, scope),
         *["--data-root", roots(shapes)[scope], "--work-dir", tmp_path / "test"],
-        *["--out", out, "--show-dir", pictures, "--amp"],
+        *["--out", out, "--show-dir", pictures, "--amp", "--fast"],
         *options(scope),
     )
     assert tested.returncode == 0, tested.stdout + tested.stderr

@@ -1,0 +1,92 @@
+"""Fast inference: same maps, and its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mambavision_backbone import MambaVision
+from mambavision_backbone.inference import FastBackbone, accelerate
+from tests.conftest import relative_error
+
+
+@pytest.fixture(params=[None, 0.5], ids=["", "layer scale"])
+def model(request: pytest.FixtureRequest, tiny_arch: dict[str, Any]) -> MambaVision:
+    """A network with statistics of some images."""
+    arch = {**tiny_arch, "layer_scale": request.param, "layer_scale_conv": request.param}
+    model = MambaVision(arch)
+    for _ in range(3):
+        model(2 * torch.randn(4, 3, 64, 64) + 1)
+    return model.eval()
+
+
+def maps(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return model(x)
+
+
+def test_folded_network_gives_the_same_maps(model: MambaVision) -> None:
+    x = torch.randn(2, 3, 70, 90)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    fast = accelerate(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    for a, b in zip(fast(x), maps(model, x), strict=True):
+        assert a.dtype == torch.float32
+        assert relative_error(a, b) < 1e-5
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_half_precision_is_as_exact_as_autocast(model: MambaVision) -> None:
+    x = torch.randn(2, 3, 70, 90)
+    exact = maps(model, x)
+    fast = accelerate(model, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast, got = maps(model, x), fast(x)
+    for a, b, c in zip(got, autocast, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert relative_error(a, c) < 1.5 * relative_error(b, c)
+    assert fast(x)[0].dtype == torch.float32  # outside of autocast: x's
+
+
+def test_whole_model_gets_a_fast_backbone(model: MambaVision) -> None:
+    detector = nn.Module()
+    detector.backbone = model
+    assert accelerate(detector) is detector
+    assert isinstance(detector.backbone, FastBackbone)
+    detector.eval()
+    with pytest.raises(RuntimeError, match="for inference"):
+        detector.train()
+    with pytest.raises(TypeError, match="Module has no MambaVision"):
+        accelerate(detector)  # a second time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.float64}, "dtype must be float16, bfloat16 or float32"),
+        ({"dtype": torch.float16}, "float16 needs a GPU"),
+        ({"graphs": -1}, "graphs must not be negative"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str, tiny_arch: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        accelerate(MambaVision(tiny_arch), **arguments)
+
+
+@pytest.mark.gpu
+def test_graphs_change_nothing_and_are_bounded(model: MambaVision) -> None:
+    model.cuda()
+    fast, eager = accelerate(model, graphs=2), accelerate(model, graphs=0)
+    sizes = [(64, 64), (64, 96), (64, 64), (64, 96), (32, 32), (32, 32), (64, 64), (64, 96)]
+    kept = []
+    for seed, hw in enumerate(sizes):
+        x = torch.randn(1, 3, *hw, generator=torch.Generator().manual_seed(seed)).cuda()
+        got, wanted = fast(x), eager(x)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        kept.append((got, wanted))
+    assert set(fast._graphs) == {(1, 3, 64, 64), (1, 3, 64, 96)}
+    for got, wanted in kept:  # later replays wrote elsewhere
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
