@@ -9,8 +9,8 @@ the same as a CUDA graph (for MambaVision by ``accelerate``, its copies in and o
 ``compiled`` torch.compile(mode="reduce-overhead"), which uses CUDA graphs too. Training is forward
 and backward under autocast, with gradients given for the maps: ``eager``; ``graph`` with the whole
 pass in one CUDA graph; ``compiled``. All in channels-last. The median of the runs, host included,
-and the peak memory that PyTorch allocates. The error is ‖a − b‖ / ‖b‖ against float64, of maps and,
-in training, of parameters' gradients. Writes a JSON file and prints a table.
+and the peak memory that PyTorch allocates. The error is ‖a − b‖ / ‖b‖ of the maps of inference
+against the same network in float64. Writes a JSON file and prints a table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from mambavision_backbone.inference import accelerate
 
 DETECTION, SEGMENTATION, CLASSIFICATION = (8, 8, 112, 56), (8, 8, 64, 32), (8, 8, 14, 7)
 COCO, ADE, IMAGENET = (2, 800, 1344), (16, 512, 512), (128, 224, 224)  # images, height, width
+Run = Callable[[], list[Tensor]]
 Case = tuple[Callable[[], nn.Module], tuple[int, int, int], str]
 
 
 def ours(arch: str, windows: tuple[int, ...], mode: str) -> Callable[[], nn.Module]:
-    """A MambaVision without drop path: errors are taken against the same network."""
-    return lambda: MambaVision(arch, window_size=windows, window_mode=mode, drop_path_rate=0.0)
+    """A MambaVision, in training with the drop path of the recipes."""
+    return lambda: MambaVision(arch, window_size=windows, window_mode=mode, drop_path_rate=0.2)
 
 
 def peer(name: str) -> Callable[[], nn.Module]:
@@ -76,27 +77,29 @@ GOALS: list[tuple[str, str, tuple[str, ...], float, float | None, str | None, fl
 ]
 
 
-def timed(run: Callable[[], Any], args: argparse.Namespace) -> dict[str, float]:
-    """Median, least and most seconds of a run, and its peak memory."""
+def timed(build: Callable[[], Run], args: argparse.Namespace) -> tuple[dict[str, float], Run]:
+    """Median, least and most seconds of a run, and the peak memory from building it on."""
+    torch.cuda.reset_peak_memory_stats()
+    run = build()
     for _ in range(args.warmup):
         run()
     times = []
-    torch.cuda.reset_peak_memory_stats()
     for _ in range(args.runs):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return {
+    row = {
         "median_s": statistics.median(times),
         "min_s": min(times),
         "max_s": max(times),
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
     }
+    return row, run
 
 
-def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+def replayed(run: Run) -> Run:
     """A run as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -106,56 +109,47 @@ def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph
+        outs = run()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outs
+
+    return replay
 
 
-def inference(
-    model: nn.Module, x: Tensor, compiles: bool, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The modes of inference, each with a run that returns the maps."""
-    model.eval()
+def inference(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Callable[[], Run]]:
+    """By mode of inference, what builds a run."""
     x_half = x.to(dtype)
 
     def amp() -> list[Tensor]:
         with torch.autocast("cuda", dtype):
             return model(x)
 
-    yield "amp", amp
-    if isinstance(model, MambaVision):
-        for mode, graphs in (("half", 0), ("graph", 1)):
-            fast = accelerate(model, dtype, graphs)
-            yield mode, lambda fast=fast: fast(x_half)
-        half: nn.Module = fast.net
-    else:
-        half = copy.deepcopy(model).to(dtype)
-        yield "half", lambda: half(x_half)
-        outs: list[Tensor] = []
+    def half(graphs: int = 0) -> Run:
+        fast = accelerate(model, dtype, graphs) if isinstance(model, MambaVision) else None
+        net = fast or copy.deepcopy(model).to(dtype)
+        return lambda: net(x_half)
 
-        def run() -> None:
-            outs[:] = half(x_half)
+    def graph() -> Run:
+        return half(graphs=1) if isinstance(model, MambaVision) else replayed(half())
 
-        graph = captured(run)
+    def compiled() -> Run:
+        fast = accelerate(model, dtype).net if isinstance(model, MambaVision) else None
+        net = fast or copy.deepcopy(model).to(dtype)
+        compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+        return lambda: compiled(x_half)
 
-        def replay() -> list[Tensor]:
-            graph.replay()
-            return outs
-
-        yield "graph", replay
-    if compiles:
-        compiled = torch.compile(half, mode="reduce-overhead", fullgraph=True)
-        yield "compiled", lambda: compiled(x_half)
+    return {"amp": lambda: amp, "half": half, "graph": graph, "compiled": compiled}
 
 
-def training(
-    model: nn.Module, x: Tensor, compiles: bool, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The modes of training, each with a run that returns the maps and leaves gradients."""
-    model.train()
+def training(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Callable[[], Run]]:
+    """By mode of training, what builds a run."""
     grads: list[Tensor] = []
 
-    def step(model: nn.Module = model) -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
+    def step(model: Callable[[Tensor], list[Tensor]] = model) -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
         with torch.autocast("cuda", dtype):
             outs = model(x)
         if not grads:
@@ -164,29 +158,17 @@ def training(
         torch.autograd.backward([o.to(g.dtype) for o, g in zip(outs, grads, strict=True)], grads)
         return [o.detach() for o in outs]
 
-    yield "eager", step
-    outs: list[Tensor] = []
-
-    def run() -> None:
-        outs[:] = step()
-
-    graph = captured(run)
-
-    def replay() -> list[Tensor]:
-        graph.replay()
-        return outs
-
-    yield "graph", replay
-    if compiles:
-        del graph
-        model.zero_grad(set_to_none=True)
+    def compiled() -> Run:
         compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
-        def marked() -> list[Tensor]:
+        def run() -> list[Tensor]:
             torch.compiler.cudagraph_mark_step_begin()
-            return step(compiled)  # type: ignore[arg-type]
+            return step(compiled)
 
-        yield "compiled", marked
+        return run
+
+    parameters = list(model.parameters())
+    return {"eager": lambda: step, "graph": lambda: replayed(step), "compiled": compiled}
 
 
 def exact_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -195,31 +177,35 @@ def exact_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
         return [o.detach() for o in copy.deepcopy(model).double()(x.double())]
 
 
+PASSES = {"inference": inference, "training": training}
+
+
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one case."""
     build, (batch, *hw), passes = CASES[name]
-    dtype = getattr(torch, args.dtype)
     rows = []
     for pass_ in passes.split():
         torch.manual_seed(0)
         model = build().cuda().to(memory_format=torch.channels_last)
-        x = torch.randn(batch, 3, *hw, device="cuda").contiguous(memory_format=torch.channels_last)
         model.train(pass_ == "training")
-        small = x if batch <= 2 else x[:2]
-        exact = exact_maps(model, small) if pass_ == "inference" else None
-        compiles = name in COMPILED and not args.no_compile
-        modes = {"inference": inference, "training": training}[pass_](model, x, compiles, dtype)
-        with torch.set_grad_enabled(pass_ == "training"):
-            for mode, run in modes:
-                show(f"{name}, {pass_}, {mode}")
-                row = {"case": name, "pass": pass_, "mode": mode, **timed(run, args)}
+        x = torch.randn(batch, 3, *hw, device="cuda").contiguous(memory_format=torch.channels_last)
+        exact = exact_maps(model, x[:2]) if pass_ == "inference" else None
+        modes = PASSES[pass_](model, x, getattr(torch, args.dtype))
+        for mode, build_run in modes.items():
+            if mode == "compiled" and (name not in COMPILED or args.no_compile):
+                continue
+            show(f"{name}, {pass_}, {mode}")
+            with torch.set_grad_enabled(pass_ == "training"):
+                times, run = timed(build_run, args)
+                row = {"case": name, "pass": pass_, "mode": mode, **times}
                 if exact is not None:
-                    row["error"] = relative_error([o[: len(small)] for o in run()], exact)
-                rows.append(row)
-        del model, modes, run, exact
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+                    row["error"] = relative_error([o[:2] for o in run()], exact)
+            rows.append(row)
+            del run, build_run  # with the graph that it may hold
+            model.zero_grad(set_to_none=True)
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -276,37 +277,22 @@ COCO_SIZES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("mode", ["pad", "fit"])
-def test_twenty_sizes_take_a_handful_of_compilations(mode: str, train: bool) -> None:
-    arch = {**TINY_ARCH, "depths": (1, 1, 1, 1), "window_size": (8, 8, 7, 4)}
-    model = MambaVision(arch, window_mode=mode).train(train)
+@pytest.mark.parametrize(("mode", "train"), [("fit", False), ("pad", True)])
+def test_twenty_sizes_take_a_handful_of_compilations(
+    mode: str, train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the switch; with a backend that only counts, for it is quick. Windows cover the maps."""
     counter = CompileCounter()
+    counted = partialmethod(nn.Module.compile, backend=counter)
+    monkeypatch.setattr(nn.Module, "compile", counted)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    arch = {**TINY_ARCH, "depths": (1, 1, 1, 1), "window_size": (8, 8, 14, 7)}
+    model = MambaVision(arch, window_mode=mode, drop_path_rate=0.0, compile=True).train(train)
+    plain = MambaVision(arch, window_mode=mode, drop_path_rate=0.0).train(train)
+    plain.load_state_dict(model.state_dict())
     with torch.set_grad_enabled(train):
         for hw in COCO_SIZES:
-            compiled(torch.randn(2, 3, *hw))
-    assert counter.frame_count <= 5
-
-
-@pytest.mark.slow
-def test_compile_switch(tiny_arch: dict[str, Any]) -> None:
-    """Compiled by its default compiler: same maps and gradients, other sizes, same names."""
-    torch._dynamo.reset()
-    model = MambaVision(tiny_arch, window_mode="fit", drop_path_rate=0.0, compile=True)
-    plain = MambaVision(tiny_arch, window_mode="fit", drop_path_rate=0.0)
-    plain.load_state_dict(model.state_dict())
-    for hw in ((48, 80), (64, 56)):
-        x = torch.randn(2, 3, *hw)
-        results = []
-        for net_ in (model, plain):
-            net_.zero_grad()
-            outs = net_(x)
-            sum(o.square().mean() for o in outs).backward()
-            results.append(
-                [*outs, *(p.grad for p in net_.parameters() if p.grad.abs().max() > 1e-6)]
-            )
-        assert len(results[0]) == len(results[1])
-        for a, b in zip(*results, strict=True):
-            assert relative_error(a, b) < 1e-3
+            x = torch.randn(2, 3, *hw)
+            for a, b in zip(model(x), plain(x), strict=True):
+                torch.testing.assert_close(a, b)
+    assert 1 <= counter.frame_count <= 5
