@@ -17,6 +17,7 @@ logger = logging.getLogger("mambavision_backbone")
 MIN_CAPABILITY = (7, 0)
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_starts_compiled = [True]  # whether compiled kernels are started without Triton: see _probe
 
 
 def interpreted() -> bool:
@@ -53,8 +54,13 @@ def _probe() -> None:
 
     with _disable_current_modes():  # a real tensor, also while a model is exported or compiled
         x = torch.ones(8, device="cuda")
-        for _ in range(2):  # compiled, then from the cache
-            launch(double, (1, 1, 1), (x, 8), (8,), warps=1)
+        probe = functools.partial(launch, double, (1, 1, 1), (x, 8), (8,), warps=1)
+        probe()
+        try:
+            probe()
+        except Exception:  # a Triton that wants other arguments there
+            _starts_compiled[:] = [False]
+            probe()
         if not torch.equal(x, torch.full_like(x, 4)):
             raise RuntimeError("it gave a wrong result")
 
@@ -101,8 +107,7 @@ def launch(
     Args:
         kernel: a ``triton.jit`` function.
         grid: programs along three axes.
-        args: its arguments, of which those behind the last that is not a ``tl.constexpr`` are left
-            out.
+        args: its arguments but the ``tl.constexpr`` ones.
         constants: its ``tl.constexpr`` arguments, in order; they come last.
         warps: of a program.
     """
@@ -110,9 +115,9 @@ def launch(
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, warps)
-    key = (kernel, constants, warps, device, *map(_specialisation, args))
+    key = (id(kernel), constants, warps, device, *map(_specialisation, args))
     compiled = _compiled.get(key)
-    if compiled is None:
+    if compiled is None or not _starts_compiled[0]:
         _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
     else:
         compiled[grid](*args, *constants)

@@ -20,6 +20,11 @@ OPS = "mambavision_backbone.ops."
 MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mlp"]
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def set_fused(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     for name in MODULES:
         monkeypatch.setattr(sys.modules[OPS + name], "fusible", lambda _: fused)

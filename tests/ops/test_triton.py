@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from mambavision_backbone.ops.selective_scan.triton import launch
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "dt_bias")
+DRAWS = 5
 FLOAT32 = 1e-5  # ‖a − b‖ / ‖b‖ that golden data allow in float32
 DEVICE = "cpu" if backend.interpreted() else "cuda"
 
@@ -26,8 +27,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "BLOCK_D", 4)
 
 
-def make_inputs(batch: int, seqlen: int, dim: int, dstate: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(batch + seqlen + dim + dstate)
+def make_inputs(batch: int, seqlen: int, dim: int, dstate: int, draw: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch + seqlen + dim + dstate + draw)
 
     def rand(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
@@ -137,17 +138,26 @@ def test_nan_propagates() -> None:
 def test_error_is_that_of_eager_operators(
     shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
-    """At most 1.5 times the error of PyTorch operators in the same dtype, against float64."""
-    inputs = make_inputs(*shape)
-    inputs = [(x.to(dtype) if x.dim() == 3 else x).cuda() for x in inputs]
-    dy = torch.randn_like(inputs[0])
-    wanted = exact(dy, inputs)
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    y = selective_scan(*leaves, backend="chunked")
-    eager = [y, *torch.autograd.grad(y, leaves, dy)]
-    for name, a, e, b in zip(("y", *NAMES), compute(dy, inputs), eager, wanted, strict=True):
-        floor = 1e-7  # half a unit in float32's last place
-        assert relative_error(a, b) <= 1.5 * max(relative_error(e, b), floor), name
+    """At most 1.5 times the error of PyTorch operators in the same dtype, against float64.
+
+    Summed over some draws: float32's own errors, near 1e-7, are a matter of luck in a single one.
+    """
+    errors = {name: [0.0, 0.0] for name in ("y", *NAMES)}
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        inputs = make_inputs(*shape, draw)
+        inputs = [(x.to(dtype) if x.dim() == 3 else x).cuda() for x in inputs]
+        dy = torch.randn_like(inputs[0])
+        wanted = exact(dy, inputs)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = selective_scan(*leaves, backend="chunked")
+        eager = [y, *torch.autograd.grad(y, leaves, dy)]
+        for total, a, e, b in zip(errors.values(), compute(dy, inputs), eager, wanted, strict=True):
+            total[0] += relative_error(a, b)
+            total[1] += relative_error(e, b)
+    floor = 1e-7 * DRAWS  # half a unit in float32's last place
+    for name, (ours, eagers) in errors.items():
+        assert ours <= 1.5 * max(eagers, floor), name
 
 
 @pytest.mark.gpu
