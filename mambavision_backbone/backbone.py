@@ -139,7 +139,9 @@ class MambaVision(BaseModule):
                 f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}: "
                 "in_channels sets the number of channels"
             )
-        if self._caster.wanted(x) and not (self.with_cp and torch.is_grad_enabled()):
+        recomputes = self.with_cp and torch.is_grad_enabled()
+        replica = getattr(self, "_is_replica", False)  # of nn.DataParallel: slots not its own
+        if self._caster.wanted(x) and not (recomputes or replica):
             with self._caster.cast(x):
                 return self._features(x)
         return self._features(x)
@@ -170,7 +172,6 @@ class MambaVision(BaseModule):
         """Set the mode, keeping frozen parts (and with ``norm_eval`` all batch norms) in eval."""
         super().train(mode)
         if mode:
-            self._caster.forget()
             for part in self._frozen_parts():
                 part.eval()
             if self.norm_eval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from .backbone import MambaVision
 from .layers.blocks import ConvBlock
 from .layers.stem import PatchEmbed
 from .ops.bias_act import bias_act
+from .ops.triton_support import traced
+
+logger = logging.getLogger("mambavision_backbone")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -107,11 +111,17 @@ class FastBackbone(nn.Module):
         key = tuple(x.shape)
         graph = self._graphs.get(key)
         if graph is None:
-            if not x.is_cuda or key not in self._seen or len(self._graphs) >= self.max_graphs:
-                if len(self._graphs) < self.max_graphs:
-                    self._seen.add(key)
+            if not x.is_cuda or traced() or len(self._graphs) >= self.max_graphs:
                 return self.net(x)
-            graph = self._graphs[key] = self._capture(x)
+            if key not in self._seen:
+                self._seen.add(key)
+                return self.net(x)
+            try:
+                graph = self._graphs[key] = self._capture(x)
+            except RuntimeError as error:
+                self.max_graphs = len(self._graphs)
+                logger.warning("no more CUDA graphs, going on without: %s", error)
+                return self.net(x)
         graph.x.copy_(x)
         graph.graph.replay()
         return tuple(out.clone() for out in graph.outs)
@@ -125,9 +135,22 @@ class FastBackbone(nn.Module):
         with torch.cuda.device(x.device), torch.cuda.stream(stream):
             self.net(static)  # libraries choose their algorithms and allocate workspaces
         torch.cuda.current_stream(x.device).wait_stream(stream)
-        with torch.cuda.device(x.device), torch.cuda.graph(graph, pool=pool):
+        # thread_local: other threads, say a loader's that pins memory, may go on
+        capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+        with torch.cuda.device(x.device), capture:
             outs = self.net(static)
         return _Graph(graph, static, outs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FastBackbone:
+        """Move or cast; the graphs are of the old weights."""
+        self._graphs, self._seen = {}, set()
+        super()._apply(*args, **kwargs)
+        self.dtype = next(self.net.parameters()).dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave graphs out of copies."""
+        return {**super().__getstate__(), "_graphs": {}, "_seen": set()}
 
 
 class _Graph(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -74,6 +75,18 @@ def test_whole_model_gets_a_fast_backbone(model: MambaVision) -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str, tiny_arch: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         accelerate(MambaVision(tiny_arch), **arguments)
+
+
+def test_copies_and_casts(model: MambaVision) -> None:
+    x = torch.randn(1, 3, 64, 64)
+    fast = accelerate(model)
+    wanted = fast(x)
+    for a, b in zip(copy.deepcopy(fast)(x), wanted, strict=True):
+        assert torch.equal(a, b)
+    half = copy.deepcopy(fast).to(torch.bfloat16)
+    for a, b in zip(half(x), wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-4 < relative_error(a, b) < 0.1
 
 
 @pytest.mark.gpu

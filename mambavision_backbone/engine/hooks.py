@@ -13,7 +13,7 @@ from torch import nn
 
 from ..backbone import MambaVision
 from ..checkpoint import WeightsError, backbone_weights, check_weights
-from ..inference import accelerate
+from ..inference import FastBackbone
 
 
 @HOOKS.register_module()
@@ -83,19 +83,38 @@ class BFloat16DetectionHook(Hook):
 
 @HOOKS.register_module()
 class FastInferenceHook(Hook):
-    """Make the backbone fast before a test run, after its weights are loaded.
+    """Run the backbone's fast copy during tests.
+
+    The model keeps its own backbone, which other hooks (EMA's) may exchange the weights of before:
+    the copy is made after them, and the backbone calls it.
 
     Args:
         dtype: ``float16``, ``bfloat16`` or ``float32``; see ``inference.accelerate``.
     """
 
+    priority = "LOWEST"
+
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
 
-    def before_test(self, runner: Any) -> None:
-        """Put the fast backbone in the model's own one's place."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        accelerate(model, getattr(torch, self.dtype))
+    def before_test_epoch(self, runner: Any) -> None:
+        """Put the copy's forward pass in the place of the backbone's."""
+        backbone = _backbone(runner)
+        fast = FastBackbone(backbone, getattr(torch, self.dtype))
+        backbone.forward = lambda x: fast(x)
+        self.compiled = backbone._compiled_call_impl  # by compile=True: it would not ask forward
+        backbone._compiled_call_impl = None
+
+    def after_test_epoch(self, runner: Any, metrics: Any = None) -> None:  # noqa: ARG002
+        """Take it away again."""
+        backbone = _backbone(runner)
+        del backbone.forward
+        backbone._compiled_call_impl = self.compiled
+
+
+def _backbone(runner: Any) -> Any:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model.backbone
 
 
 def _cast_inputs(_module: nn.Module, args: tuple[Any, ...]) -> Any:

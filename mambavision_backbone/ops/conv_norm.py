@@ -37,6 +37,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         return norm(conv(x))
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     if norm.running_mean is not None:
-        with torch.no_grad():  # before the norm: it keeps a share of 1 - share of this
-            norm.running_mean.add_(conv.bias, alpha=share / (1 - share))
+        # Before the norm, which keeps 1 - share of this. By .data, as batch norm's own update is:
+        # an earlier forward's backward pass checks that the version is the same.
+        norm.running_mean.data.add_(conv.bias.data, alpha=share / (1 - share))
     return norm(_Without.apply(y, conv.bias))

@@ -58,6 +58,8 @@ def _probe() -> None:
         probe()
         try:
             probe()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception:  # a Triton that wants other arguments there
             _starts_compiled[:] = [False]
             probe()
@@ -67,7 +69,7 @@ def _probe() -> None:
 
 def traced() -> bool:
     """Whether the program is being compiled, exported or watched, say by a FLOP counter."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 def fusible(x: Tensor) -> bool:
@@ -80,6 +82,7 @@ def fusible(x: Tensor) -> bool:
         x.is_cuda
         and not traced()
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and x.numel() > 0
         and _usable()
     )
 

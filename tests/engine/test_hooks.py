@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("mmengine")
 
@@ -14,7 +15,11 @@ from torch import nn
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.checkpoint import WeightsError
-from mambavision_backbone.engine import CheckBackboneWeightsHook, NameBadSampleHook
+from mambavision_backbone.engine import (
+    CheckBackboneWeightsHook,
+    FastInferenceHook,
+    NameBadSampleHook,
+)
 
 
 def _runner(backbone: nn.Module) -> Any:
@@ -81,3 +86,23 @@ def test_bad_sample_is_named(wrap: str) -> None:
     ) as info:
         dataset[1]
     assert str(info.value).count("cannot prepare") == 1
+
+
+def test_fast_inference_takes_the_weights_of_the_moment(tiny_arch: dict[str, Any]) -> None:
+    """Twice, with other weights: EMA's hook exchanges them before and after each test."""
+    backbone = MambaVision(tiny_arch).eval()
+    runner, hook = _runner(backbone), FastInferenceHook("float32")
+    names = [name for name, _ in runner.model.named_parameters()]
+    x = torch.randn(1, 3, 64, 64)
+    for scale in (1.0, 0.5):
+        backbone.patch_embed.conv_down[1].bias.data.fill_(scale)
+        with torch.no_grad():
+            wanted = backbone(x)
+            hook.before_test_epoch(runner)
+            got = backbone(x)
+        for a, b in zip(got, wanted, strict=True):
+            assert not torch.equal(a, b)  # folded
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert [name for name, _ in runner.model.named_parameters()] == names
+        hook.after_test_epoch(runner)
+        assert "forward" not in vars(backbone)

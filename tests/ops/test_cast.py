@@ -47,21 +47,14 @@ def test_training_is_as_with_autocasts_own(
     assert all(p.grad is None for p in model.levels[0].blocks.parameters())  # frozen
 
 
-def test_inference_casts_again_only_when_a_weight_changed(model: MambaVision) -> None:
+def test_inference_sees_every_change_of_a_weight(model: MambaVision) -> None:
+    """By .data too, which leaves no trace; mmengine's EMA hook writes so."""
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
     model.eval()
     with torch.no_grad():
         first = run(model, x)
-        kept = model._caster.kept
-        assert len(kept) == len(model._caster.slots)
-        run(model, x)
-        assert model._caster.kept is kept
-        model.levels[2].blocks[0].mlp.fc1.weight.mul_(2)
-        second = run(model, x)
-        assert model._caster.kept is not kept
-        assert not torch.equal(first[2], second[2])
-    model.train()
-    assert model._caster.kept == []
+        model.levels[2].blocks[0].mlp.fc1.weight.data.mul_(2)
+        assert not torch.equal(first[2], run(model, x)[2])
 
 
 def test_a_copy_of_the_model_uses_its_own_weights(model: MambaVision) -> None:
@@ -74,6 +67,27 @@ def test_a_copy_of_the_model_uses_its_own_weights(model: MambaVision) -> None:
             parameter.zero_()
         assert all((out == 0).all() for out in run(other, x))
         assert all(torch.equal(a, b) for a, b in zip(run(model, x), first, strict=True))
+
+
+def test_frozen_and_parametrised_weights(model: MambaVision) -> None:
+    x = torch.randn(1, 3, 64, 64, device=DEVICE)
+    torch.nn.utils.parametrizations.weight_norm(model.levels[2].blocks[0].mlp.fc1)
+    assert run(model, x)
+    model.requires_grad_(False)
+    assert len(run(model, x)) == 4
+
+
+def test_a_second_thread_leaves_the_weights_alone(model: MambaVision) -> None:
+    x = torch.randn(1, 3, 64, 64, device=DEVICE)
+    fc1 = model.levels[3].blocks[0].mlp.fc1
+    weight = fc1.weight
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16), model._caster.cast(x):
+        swapped = fc1.weight
+        assert swapped.dtype == torch.bfloat16
+        with model._caster.cast(x):
+            assert fc1.weight is swapped
+        assert fc1.weight is swapped
+    assert fc1.weight is weight
 
 
 def test_weights_come_back_after_an_error(model: MambaVision) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 from mambavision_backbone.ops import triton_common, triton_support
@@ -89,3 +90,17 @@ def test_a_wrong_result_of_the_probe_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # noqa: ARG005
     with pytest.raises(RuntimeError, match="wrong result"):
         triton_support._probe()
+
+
+def test_traced_programs_are_known() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(triton_support.traced())
+        return x + 1
+
+    look(torch.ones(1))
+    torch.jit.trace(look, torch.ones(1), check_trace=False)
+    with FlopCounterMode(display=False):
+        look(torch.ones(1))
+    assert seen == [False, True, True]

@@ -21,12 +21,12 @@ def conv_silu(xz: Tensor, weight_x: Tensor, weight_z: Tensor) -> tuple[Tensor, T
         weight_z: (D, 1, 3) taps of the others.
 
     Returns:
-        The branches, (B, L, D) each, in xz's dtype (under autocast, in autocast's).
+        The branches, (B, L, D) each, in xz's dtype.
     """
     if fusible(xz):
-        from .launch import ConvSiLU
+        from .launch import ConvSiLUFunction
 
-        return call(ConvSiLU, xz, weight_x, weight_z)
+        return call(ConvSiLUFunction, xz, weight_x, weight_z)
     before, here, behind = torch.cat([weight_x, weight_z])[:, 0].unbind(1)
     padded = F.pad(xz, (0, 0, 1, 1))
     y = torch.addcmul(padded[:, :-2] * before, xz, here)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..triton_support import ceil_div, launch, rows_of
 from . import kernels
@@ -14,7 +15,7 @@ BLOCK_ROWS, BLOCK_D, WARPS = 32, 32, 4
 TILES = 4  # of rows for a program of the backward kernel
 
 
-class ConvSiLU(torch.autograd.Function):
+class ConvSiLUFunction(torch.autograd.Function):
     """``conv_silu`` with gradients; keeps its inputs only and computes the rest again."""
 
     @staticmethod
@@ -36,6 +37,7 @@ class ConvSiLU(torch.autograd.Function):
         return x, z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the three inputs."""
         xz, weight_x, weight_z = ctx.saved_tensors

@@ -15,9 +15,9 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     PyTorch's operator elsewhere, and for compilers and exporters.
     """
     if fusible(x):
-        from .launch import Norm
+        from .launch import NormFunction
 
-        return call(Norm, x, layer.weight, layer.bias, layer.eps)
+        return call(NormFunction, x, layer.weight, layer.bias, layer.eps)
     return layer(x)
 
 
@@ -37,9 +37,9 @@ def add_norm(
         ``x + factor * gamma * y`` and the norm of it, (B, L, C) each.
     """
     if fusible(x):
-        from .launch import AddNorm
+        from .launch import AddNormFunction
 
-        return call(AddNorm, x, y, gamma, factor, layer.weight, layer.bias, layer.eps)
+        return call(AddNormFunction, x, y, gamma, factor, layer.weight, layer.bias, layer.eps)
     total = add(x, y, gamma, factor)
     return total, layer(total)
 
@@ -51,9 +51,9 @@ def map_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
         A contiguous map of the same shape, in autocast's dtype where that is on.
     """
     if fusible(x):
-        from .launch import MapNorm
+        from .launch import MapNormFunction
 
-        return call(MapNorm, x, layer.weight, layer.bias, layer.eps)
+        return call(MapNormFunction, x, layer.weight, layer.bias, layer.eps)
     y = F.layer_norm(
         x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight, layer.bias, layer.eps
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..triton_support import ceil_div, compute_dtype, launch, power_of_2
 from . import kernels
@@ -85,7 +86,7 @@ def _backward(
     return dparam.sum(0)
 
 
-class Norm(torch.autograd.Function):
+class NormFunction(torch.autograd.Function):
     """Layer norm of tokens (B, L, C); keeps its input as it is, not in float32."""
 
     @staticmethod
@@ -97,6 +98,7 @@ class Norm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of x, weight and bias."""
         x, weight, mean, rstd = ctx.saved_tensors
@@ -107,7 +109,7 @@ class Norm(torch.autograd.Function):
         return dx, dparam[0], dparam[1], None
 
 
-class AddNorm(torch.autograd.Function):
+class AddNormFunction(torch.autograd.Function):
     """``add_norm`` with gradients; keeps the sum, and y only where gamma needs it."""
 
     @staticmethod
@@ -130,6 +132,7 @@ class AddNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, y, gamma, weight and bias."""
         total, y, gamma, factor, weight, mean, rstd = ctx.saved_tensors
@@ -146,7 +149,7 @@ class AddNorm(torch.autograd.Function):
         return dx, dx if dy is None else dy, dgamma, None, dparam[0], dparam[1], None
 
 
-class MapNorm(torch.autograd.Function):
+class MapNormFunction(torch.autograd.Function):
     """Layer norm over the channels of maps (B, C, H, W) with any strides, into contiguous ones."""
 
     @staticmethod
@@ -172,6 +175,7 @@ class MapNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of x (channels-last), weight and bias."""
         x, weight, mean, rstd = ctx.saved_tensors

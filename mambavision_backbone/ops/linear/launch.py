@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..triton_support import ceil_div, compute_dtype, launch
 from . import kernels
@@ -44,6 +45,7 @@ class LinearFunction(torch.autograd.Function):
         return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the three inputs."""
         x, weight = ctx.saved_tensors

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..linear.launch import column_sum
 from ..triton_support import ceil_div, compute_dtype, launch
@@ -50,6 +51,7 @@ class MlpFunction(torch.autograd.Function):
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the five inputs."""
         x, weight1, bias1, weight2 = ctx.saved_tensors

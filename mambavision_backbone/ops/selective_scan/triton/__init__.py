@@ -33,9 +33,9 @@ def refusal(batch: int, dstate: int) -> str | None:
 
 def direct(*args: Any) -> Tensor:
     """Scan, with gradients recorded here and not by PyTorch's dispatcher."""
-    from .launch import SelectiveScan
+    from .launch import SelectiveScanFunction
 
-    return call(SelectiveScan, *args)
+    return call(SelectiveScanFunction, *args)
 
 
 def selective_scan(*args: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...triton_support import ceil_div, launch, power_of_2
 from . import kernels
@@ -193,7 +194,7 @@ def selective_scan_backward(
     )
 
 
-class SelectiveScan(torch.autograd.Function):
+class SelectiveScanFunction(torch.autograd.Function):
     """The scan with gradients, without the detour through PyTorch's dispatcher."""
 
     @staticmethod
@@ -204,6 +205,7 @@ class SelectiveScan(torch.autograd.Function):
         return selective_scan(*args)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors."""
         u, dt, A, B, C, D, dt_bias = ctx.saved_tensors
