@@ -11,7 +11,6 @@ against the same network in float64. Writes a JSON file and prints a table.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from unittest.mock import patch
 import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, commit, device_name, relative_error, show
+from common import RESULTS, commit, device_name, relative_error, show, write
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
@@ -239,9 +238,7 @@ def main() -> None:
             f"(goal: at most {goal['goal']})"
         )
     out = args.out or RESULTS / f"backbone_{args.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**facts, "rows": rows, "goals": goals}, indent=1) + "\n")
-    print(f"written to {out}")
+    write(out, {**facts, "rows": rows, "goals": goals})
 
 
 if __name__ == "__main__":

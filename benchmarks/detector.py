@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, commit, device_name, show
+from common import RESULTS, commit, device_name, show, write
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -292,9 +291,7 @@ def main() -> None:
     if args.device == "cuda" and everything and not (args.size or args.batch):
         args.out = args.out or RESULTS / f"detector_{args.dtype}.json"
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**facts, "rows": rows, "goals": goals}, indent=1) + "\n")
-        print(f"written to {args.out}")
+        write(args.out, {**facts, "rows": rows, "goals": goals})
 
 
 if __name__ == "__main__":

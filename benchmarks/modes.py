@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,11 +26,11 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, commit, device_name, relative_error, show
+from common import RESULTS, commit, device_name, relative_error, show, write
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
-from mambavision_backbone.inference import accelerate
+from mambavision_backbone.inference import FastBackbone, accelerate
 
 DETECTION, SEGMENTATION, CLASSIFICATION = (8, 8, 112, 56), (8, 8, 64, 32), (8, 8, 14, 7)
 COCO, ADE, IMAGENET = (2, 800, 1344), (16, 512, 512), (128, 224, 224)  # images, height, width
@@ -126,17 +125,21 @@ def inference(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Call
         with torch.autocast("cuda", dtype):
             return model(x)
 
+    def halved(graphs: int = 0) -> nn.Module:
+        if isinstance(model, MambaVision):
+            return accelerate(model, dtype, graphs)
+        return copy.deepcopy(model).to(dtype)
+
     def half(graphs: int = 0) -> Run:
-        fast = accelerate(model, dtype, graphs) if isinstance(model, MambaVision) else None
-        net = fast or copy.deepcopy(model).to(dtype)
+        net = halved(graphs)
         return lambda: net(x_half)
 
     def graph() -> Run:
         return half(graphs=1) if isinstance(model, MambaVision) else replayed(half())
 
     def compiled() -> Run:
-        fast = accelerate(model, dtype).net if isinstance(model, MambaVision) else None
-        net = fast or copy.deepcopy(model).to(dtype)
+        net = halved()
+        net = net.net if isinstance(net, FastBackbone) else net  # without its own graphs
         compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
         return lambda: compiled(x_half)
 
@@ -277,8 +280,7 @@ def main() -> None:
         "commit": commit(),
     }
     out = args.out or RESULTS / f"modes_{args.dtype}.json"
-    out.write_text(json.dumps({**facts, "rows": rows, "goals": goals}, indent=1) + "\n")
-    print(f"written to {out}")
+    write(out, {**facts, "rows": rows, "goals": goals})
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, commit, relative_error
+from common import RESULTS, commit, relative_error, write
 from torch import Tensor
 
 from mambavision_backbone.ops.selective_scan import selective_scan
@@ -188,9 +187,7 @@ def main() -> None:
     facts |= {"mamba_ssm": version("mamba_ssm"), "goals": GOALS, "floor_goal": FLOOR_GOAL}
     out = args.out or (RESULTS / f"scan_{args.dtype}.json" if args.cases == list(CASES) else None)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-        print(f"written to {out}")
+        write(out, {**facts, "rows": rows})
 
 
 def version(package: str) -> str | None:

@@ -27,8 +27,7 @@ class CheckBackboneWeightsHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the model before mmengine loads it."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        backbone = getattr(model, "backbone", None)
+        backbone = _backbone(runner)
         if isinstance(backbone, MambaVision):
             source = str(runner._load_from or "checkpoint")
             # mmengine loads by whole names, so weights without the prefix would all be left out
@@ -114,7 +113,7 @@ class FastInferenceHook(Hook):
 
 def _backbone(runner: Any) -> Any:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return model.backbone
+    return getattr(model, "backbone", None)
 
 
 def _cast_inputs(_module: nn.Module, args: tuple[Any, ...]) -> Any:

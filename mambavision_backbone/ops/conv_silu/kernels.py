@@ -14,6 +14,12 @@ from ..triton_common import load
 
 
 @triton.jit
+def taps(p, m):
+    """The three taps of each channel, which lie together."""
+    return load(p, m), load(p + 1, m), load(p + 2, m)
+
+
+@triton.jit
 def forward(
     p_xz, p_wx, p_wz, p_x, p_z,
     s_xz, rows, L, D,
@@ -32,11 +38,7 @@ def forward(
     else:
         p_w = p_wz
         p_y = p_z
-    w0, w1, w2 = (
-        load(p_w + 3 * i_d, m_d),
-        load(p_w + 3 * i_d + 1, m_d),
-        load(p_w + 3 * i_d + 2, m_d),
-    )
+    w0, w1, w2 = taps(p_w + 3 * i_d, m_d)
     p_in = p_xz + i_r * s_xz + branch * D + i_d
     y = w1 * load(p_in, m)
     y += w0 * load(p_in - s_xz, m & (i_t > 0))
@@ -73,11 +75,7 @@ def backward(
         p_w = p_wz
         p_dy = p_dz
         s_dy = s_dz
-    w0, w1, w2 = (
-        load(p_w + 3 * i_d, m_d),
-        load(p_w + 3 * i_d + 1, m_d),
-        load(p_w + 3 * i_d + 2, m_d),
-    )
+    w0, w1, w2 = taps(p_w + 3 * i_d, m_d)
     dw0 = tl.zeros((BD,), tl.float32)
     dw1 = tl.zeros((BD,), tl.float32)
     dw2 = tl.zeros((BD,), tl.float32)

@@ -127,12 +127,12 @@ def map_forward(
 @triton.jit
 def map_backward(
     p_dy, p_x, p_w, p_mean, p_rstd, p_dx, p_dparam,
-    sb_dy, sc_dy, sp_dy, sb_x, s_h, s_w, s_c, sb_dx, sp_dx, sc_dx, P, W, C, tiles,
+    sb_dy, sc_dy, sp_dy, sb_x, s_h, s_w, s_c, P, W, C, tiles,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``tiles`` tiles of pixels of an image.
 
-    Writes dx and dparam (B · programs, 2, C), to be summed: dw and db.
+    Writes dx (B, P, C) and dparam (B · programs, 2, C), to be summed: dw and db.
     """
     i_b = tl.program_id(1).to(tl.int64)
     i_c = tl.arange(0, BC)[None, :]
@@ -152,7 +152,7 @@ def map_backward(
         db += tl.sum(dy, 0)
         g = dy * w
         dx = (g - tl.sum(g, 1)[:, None] / C - n * (tl.sum(g * n, 1)[:, None] / C)) * rstd
-        o = i_b * sb_dx + i_p[:, None] * sp_dx + i_c * sc_dx
+        o = (i_b * P + i_p[:, None]) * C + i_c
         tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), m)
     p_dparam += (i_b * tl.num_programs(0) + tl.program_id(0)) * 2 * C + i_c
     tl.store(p_dparam, dw[None, :], m_c)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..triton_support import ceil_div, compute_dtype, launch, power_of_2
+from ..triton_support import ceil_div, compute_dtype, launch, power_of_2, split_rows
 from . import kernels
 
 ROWS = 2  # of a tile
@@ -68,8 +68,7 @@ def _backward(
     """
     channels = total.shape[-1]
     rows = total.numel() // channels
-    tiles = ceil_div(rows, ROWS * PROGRAMS)
-    programs = ceil_div(rows, ROWS * tiles)
+    programs, tiles = split_rows(rows, ROWS, PROGRAMS)
     dparam = torch.empty(programs, 3, channels, dtype=torch.float32, device=total.device)
     block = power_of_2(channels)
     options = (dtotal is not None, dy is not None, gamma is not None, factor is not None)
@@ -182,8 +181,7 @@ class MapNormFunction(torch.autograd.Function):
         batch, channels, height, width = x.shape
         pixels = height * width
         block_c, block_p, warps = _map_blocks(channels)
-        tiles = ceil_div(pixels * batch, block_p * PROGRAMS)
-        programs = ceil_div(pixels, block_p * tiles)
+        programs, tiles = split_rows(pixels, block_p, PROGRAMS, batch)
         dy = dy.flatten(2)
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         dparam = torch.empty(batch * programs, 2, channels, dtype=torch.float32, device=x.device)
@@ -193,7 +191,7 @@ class MapNormFunction(torch.autograd.Function):
             (
                 dy, x, weight, mean, rstd, dx, dparam,
                 *dy.stride(), x.stride(0), x.stride(2), x.stride(3), x.stride(1),
-                pixels * channels, channels, 1, pixels, width, channels, tiles,
+                pixels, width, channels, tiles,
             ),
             (block_p, block_c),
             warps,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..triton_support import ceil_div, compute_dtype, launch
+from ..triton_support import ceil_div, compute_dtype, launch, split_rows
 from . import kernels
 
 BLOCK_ROWS, BLOCK_C, WARPS = 16, 128, 4
@@ -19,8 +19,7 @@ def column_sum(x: Tensor) -> Tensor:
     """The sum over rows of (rows, C), in float32; PyTorch's takes three times as long."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, channels = x.shape
-    tiles = ceil_div(rows, BLOCK_ROWS * PROGRAMS)
-    programs = ceil_div(rows, BLOCK_ROWS * tiles)
+    programs, tiles = split_rows(rows, BLOCK_ROWS, PROGRAMS)
     parts = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
     launch(
         kernels.column_sum,

@@ -9,19 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..linear.launch import column_sum
-from ..triton_support import ceil_div, compute_dtype, launch
+from ..linear.launch import BLOCK_C, BLOCK_ROWS, PROGRAMS, WARPS, column_sum
+from ..triton_support import ceil_div, compute_dtype, launch, split_rows
 from . import kernels
-
-BLOCK_ROWS, BLOCK_C, WARPS = 16, 128, 4
-PROGRAMS = 128  # along the rows, at most
 
 
 def _gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """gelu(h), the gradient of h, and in float32 its sum over rows; all (rows, C)."""
     rows, channels = h.shape
-    tiles = ceil_div(rows, BLOCK_ROWS * PROGRAMS)
-    programs = ceil_div(rows, BLOCK_ROWS * tiles)
+    programs, tiles = split_rows(rows, BLOCK_ROWS, PROGRAMS)
     g, dh = torch.empty_like(h), torch.empty_like(h)
     db = torch.empty(programs, channels, dtype=torch.float32, device=h.device)
     launch(
