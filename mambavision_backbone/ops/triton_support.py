@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -69,7 +69,12 @@ def _probe() -> None:
 
 def traced() -> bool:
     """Whether the program is being compiled, exported or watched, say by a FLOP counter."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    # Not is_in_torch_dispatch_mode(): torch 2.4's stays true after an export.
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def fusible(x: Tensor) -> bool:

@@ -103,4 +103,6 @@ def test_traced_programs_are_known() -> None:
     torch.jit.trace(look, torch.ones(1), check_trace=False)
     with FlopCounterMode(display=False):
         look(torch.ones(1))
-    assert seen == [False, True, True]
+    torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    look(torch.ones(1))
+    assert seen == [False, True, True, False]
