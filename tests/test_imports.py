@@ -12,7 +12,7 @@ import pytest
 import mambavision_backbone
 
 PACKAGE = Path(mambavision_backbone.__file__).parent
-LEAVES = ["variants.py", "checkpoint.py", "layers/windows.py"]
+LEAVES = ["variants.py", "version.py", "layers/windows.py"]
 
 
 def imports(file: Path) -> set[str]:
@@ -39,7 +39,10 @@ def users_of(module: str) -> set[str]:
 
 def test_mm_libraries_stay_at_the_edge() -> None:
     assert users_of("mmdet") == users_of("mmseg") == users_of("mmcv") == set()
-    assert users_of("mmengine") == {"registry.py", "engine/hooks.py", "engine/pickles.py"}
+    assert users_of("mmengine") == {
+        "registry.py",
+        *(f"engine/{name}.py" for name in ("hooks", "optim", "pickles", "runner")),
+    }
     assert users_of("mamba_ssm") == {"ops/selective_scan/mamba_ssm.py"}
 
 
@@ -64,6 +67,12 @@ def test_leaves(leaf: str) -> None:
         n.split(".")[1] for n in imports(PACKAGE / leaf) if n.startswith("mambavision_backbone.")
     }
     assert own <= {"variants"}
+
+
+def test_checkpoints_know_no_network() -> None:
+    for file in (PACKAGE / "checkpoint").glob("*.py"):
+        own = {n.split(".")[1] for n in imports(file) if n.startswith("mambavision_backbone.")}
+        assert own <= {"checkpoint", "variants", "version"}, file
 
 
 _BLOCK = """

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.documents import DETECTION, SEGMENTATION, blocks, commands, make_place, run
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -20,98 +17,36 @@ pytest.importorskip("mmseg")
 from mmengine.config import Config
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for language, block in BLOCKS
-    if language == "bash"
-    for line in block.splitlines()
-]
+COMMANDS = commands(README)
 TOOLS = [c for c in COMMANDS if " tools/" in c]
-# A narrow network, small images and one step, on the drawn shapes: the rest is as the README says.
-CLASSES = "('circle','square','triangle','star','cross','ring')"
-NARROW = [
-    "train_dataloader.num_workers=0",
-    "train_dataloader.persistent_workers=False",
-    "default_hooks.logger.interval=1",
-]
-DETECTION = [
-    *NARROW,
-    "model.test_cfg.rpn.max_per_img=20",
-    "model.train_cfg.rpn_proposal.max_per_img=20",
-    *(f"model.train_cfg.rcnn.{stage}.sampler.num=16" for stage in range(3)),
-    "model.neck.in_channels=[16,32,64,128]",
-    "train_cfg.max_epochs=1",
-    "model.backbone.window_size=(8,8,14,7)",
-    *(
-        f"{split}_dataloader.dataset.metainfo.classes={CLASSES}"
-        for split in ("train", "val", "test")
-    ),
-    "train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]",
-    "train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(128,128)]",
-    *(f"{split}_dataloader.dataset.pipeline.1.scale=(128,128)" for split in ("val", "test")),
-]
-SEGMENTATION = [
-    *NARROW,
-    "model.decode_head.in_channels=[16,32,64,128]",
-    "model.auxiliary_head.in_channels=64",
-    "model.data_preprocessor.size=(128,128)",
-    "train_dataloader.dataset.pipeline.2.scale=(128,128)",
-    "train_dataloader.dataset.pipeline.3.crop_size=(128,128)",
-    "val_dataloader.dataset.pipeline.1.scale=(128,128)",
-    "train_cfg.max_iters=1",
-    "train_cfg.val_interval=1",
-]
+STAND_INS = {
+    "CHECKPOINT": "work_dirs/cascade_mambavision_t/epoch_1.pth",
+    "IMAGES": "data/coco/val2017",
+    "data/ade/ADEChallengeData2016": "data/ade",
+    "8": "2",  # processes
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a clone whose data folder holds shapes."""
-    folder = tmp_path_factory.mktemp("clone")
-    (folder / "tools").symlink_to(ROOT / "tools")
-    for config in (
+    return make_place(
+        tmp_path_factory.mktemp("clone"),
         "mmdet_configs/cascade_mambavision_t.py",
         "mmseg_configs/upernet_mambavision_t.py",
-    ):
-        file = folder / config
-        file.parent.mkdir()
-        file.write_text(
-            f"_base_ = {str(ROOT / config)!r}\n"
-            "arch = dict(dim=16, in_dim=8, depths=(1, 1, 2, 2), num_heads=(2, 2, 4, 4))\n"
-            "model = dict(backbone=dict(arch=dict(_delete_=True, **arch)))\n"
-        )
-    command = [sys.executable, "tools/make_shapes.py", "data", "--train", "4", "--val", "2"]
-    subprocess.run([*command, "--size", "128"], cwd=folder, check=True)
-    return folder
-
-
-def run(command: str, place: Path) -> str:
-    words = shlex.split(command)
-    words[0] = sys.executable if words[0] == "python" else words[0]
-    if "dist_train.sh" in command:
-        words[3] = "2"  # processes
-    checkpoint = place / "work_dirs/cascade_mambavision_t/epoch_1.pth"
-    stand_ins = {
-        "CHECKPOINT": str(checkpoint),
-        "IMAGES": "data/coco/val2017",
-        "data/ade/ADEChallengeData2016": "data/ade",
-    }
-    words = [stand_ins.get(w, w) for w in words]
-    if any("mmdet_configs" in w for w in words) and "get_flops" not in command:
-        words += ["--cfg-options", *DETECTION]
-    if any("mmseg_configs" in w for w in words):
-        words += ["--cfg-options", *SEGMENTATION]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PORT": "29641"}
-    done = subprocess.run(
-        words, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=False
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+
+
+def options(command: str) -> list[str]:
+    if "get_flops" in command:
+        return []
+    if "mmdet_configs" in command:
+        return DETECTION
+    return SEGMENTATION if "mmseg_configs" in command else []
 
 
 def test_all_commands_are_known() -> None:
     """Those not run here are run by the tests of their own (and make test runs this one)."""
-    rest = [c for c in COMMANDS if c and c not in TOOLS]
+    rest = [c for c in COMMANDS if c not in TOOLS]
     assert [c.split()[:2] for c in rest] == [
         ["sudo", "apt-get"],
         ["make", "demo"],
@@ -130,8 +65,9 @@ def test_all_commands_are_known() -> None:
 def test_tool_commands_in_order(place: Path) -> None:
     """From the data check to the curves, each command fed by those before it."""
     assert len(TOOLS) == 9
+    image = next((place / "data/coco/val2017").iterdir())
     for command in TOOLS:
-        run(command, place)
+        run(command, place, {**STAND_INS, "IMAGE": str(image)}, options(command))
     assert (place / "work_dirs/upernet_mambavision_t/iter_1.pth").exists()
     assert (place / "out/predictions.json").exists()
     assert (place / "plots/loss.png").exists()
@@ -139,7 +75,7 @@ def test_tool_commands_in_order(place: Path) -> None:
 
 
 def test_python_snippets(tmp_path: Path) -> None:
-    config, alone = (block for language, block in BLOCKS if language == "python")
+    config, alone = (block for language, block in blocks(README) if language == "python")
     file = tmp_path / "config.py"
     file.write_text(f"_base_ = {str(ROOT / 'mmdet_configs/cascade_mambavision_s.py')!r}\n{config}")
     cfg = Config.fromfile(file)

@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
-from mambavision_backbone.checkpoint import WeightsError, backbone_weights, check_weights
+from mambavision_backbone.checkpoint import (
+    WeightsError,
+    backbone_weights,
+    check_weights,
+    state_dict_of,
+)
 
 LIBRARIES = {
     "mmdet": "pip install onedl-mmdetection (or mmdet)",
@@ -78,8 +85,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="how the processes of a distributed run were started (dist_train.sh says pytorch)",
     )
+    add_trust_argument(parser)
     # torch.distributed.launch passes it; torchrun sets the variable instead
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument of every tool that reads checkpoints."""
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle whatever the checkpoint holds; without it, one that holds more than tensors "
+        "and plain data is refused. RISK: a checkpoint can run any program as you, so only for "
+        "files that you or people you trust have made (docs/security.md)",
+    )
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -93,8 +112,26 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
     if args.data_root:
         set_data_root(cfg, args.data_root)
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     _add_hooks(cfg)
     return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The config's runner; by default, and wherever a checkpoint is read, a SafeRunner.
+
+    Raises:
+        ToolError: another kind of runner that would read a checkpoint in its own way.
+    """
+    kind = cfg.setdefault("runner_type", "SafeRunner")
+    reads = cfg.get("load_from") or cfg.get("resume")
+    if kind != "SafeRunner" and reads and not cfg.get("trust_checkpoint"):
+        raise ToolError(
+            f"runner_type={kind!r} reads checkpoints without the safeguards of SafeRunner: leave "
+            "runner_type out, or give --trust-checkpoint for a file that you trust"
+        )
+    return RUNNERS.build(cfg)
 
 
 def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
@@ -195,11 +232,13 @@ def check_model_weights(
         WeightsError: the backbone's tensors do not fit.
         ToolError: other tensors do not fit.
     """
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {k.removeprefix("module."): v for k, v in state_dict_of(checkpoint).items()}
     backbone = getattr(model, "backbone", None)
+    # a config may have dropped the auxiliary head, which is for training
+    may_add: tuple[str, ...] = ("auxiliary_head.",)
     if isinstance(backbone, MambaVision):
         check_weights(backbone, backbone_weights(state), path)
+        may_add += ("backbone.",)  # what is too much there was found by check_weights
     own = model.state_dict()
     faults = [
         f"{k}: file {tuple(v.shape)}, model {tuple(own[k].shape)}"
@@ -209,10 +248,7 @@ def check_model_weights(
     faults += [
         f"{k}: missing" for k in own if k not in state and not k.endswith("num_batches_tracked")
     ]
-    # the auxiliary head is for training: a config may have dropped it
-    faults += [
-        f"{k}: left over" for k in state if k not in own and not k.startswith("auxiliary_head.")
-    ]
+    faults += [f"{k}: left over" for k in state if k not in own and not k.startswith(may_add)]
     if faults:
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise ToolError(

@@ -35,7 +35,15 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import ToolError, check_file, check_model_weights, positive, read_config, user_errors
+from common import (
+    ToolError,
+    add_trust_argument,
+    check_file,
+    check_model_weights,
+    positive,
+    read_config,
+    user_errors,
+)
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
@@ -200,12 +208,17 @@ class Predictor:
     """
 
     def __init__(
-        self, cfg: Config, checkpoint: str, device: torch.device, fast: bool = False
+        self,
+        cfg: Config,
+        checkpoint: str,
+        device: torch.device,
+        fast: bool = False,
+        trust: bool = False,
     ) -> None:
         init_default_scope(cfg.default_scope)
         cfg.model.backbone.init_cfg = None
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        meta = load_weights(self.model, checkpoint)
+        meta = load_weights(self.model, checkpoint, trust)
         self.model.to(device).eval()
         self.half = fast and device.type == "cuda"
         if fast:
@@ -248,9 +261,9 @@ def test_dataset(cfg: Config) -> ConfigDict:
     return dataset
 
 
-def load_weights(model: nn.Module, path: str) -> Mapping[str, Any]:
+def load_weights(model: nn.Module, path: str, trust: bool = False) -> Mapping[str, Any]:
     """Load a checkpoint into the whole model, strictly; returns its meta data."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, trust=trust)
     state = check_model_weights(model, checkpoint, path)
     model.load_state_dict(state, strict=False)
     return checkpoint.get("meta") or {}
@@ -568,6 +581,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, help="override settings of the config"
     )
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -582,7 +596,7 @@ def main() -> None:
         if cfg.get("default_scope") not in ("mmdet", "mmseg"):
             raise ToolError(f"{args.config}: default_scope must be 'mmdet' or 'mmseg'")
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        predictor = Predictor(cfg, args.checkpoint, device, args.fast)
+        predictor = Predictor(cfg, args.checkpoint, device, args.fast, args.trust_checkpoint)
         task = (
             Detections(predictor, args.score_thr)
             if cfg.default_scope == "mmdet"

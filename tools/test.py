@@ -9,12 +9,15 @@ The config's default_scope decides the task. The backbone's ImageNet file is not
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
     ToolError,
     add_run_arguments,
+    build_runner,
     check_data,
     check_file,
     check_model_weights,
@@ -25,11 +28,10 @@ from common import (
 )
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from torch import Tensor
 
 from mambavision_backbone import MambaVision
-from mambavision_backbone.checkpoint import read_checkpoint
+from mambavision_backbone.checkpoint import read_checkpoint, state_dict_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,6 +59,12 @@ def parse_args() -> argparse.Namespace:
         help="fold the backbone's batch norms; on a GPU also keep its weights in half precision, "
         "replay CUDA graphs of input shapes that come again, and imply --amp",
     )
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: merge the predictions on several views of each image, as the "
+        "config's tta_pipeline and tta_model say; of a detector the boxes alone",
+    )
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
     parser.add_argument("--show-dir", help="save pictures of the predictions in this folder")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a picture is shown")
@@ -68,6 +76,8 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
     cfg.load_from = args.checkpoint
     if "backbone" in cfg.model:
         cfg.model.backbone.init_cfg = None  # the checkpoint holds the backbone
+    if args.tta:
+        apply_tta(cfg)
     if args.out and cfg.default_scope == "mmdet":
         if Path(args.out).suffix not in (".pkl", ".pickle"):
             raise ToolError(f"--out {args.out!r}: predictions of a detector go to a .pkl file")
@@ -79,6 +89,8 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
         for evaluator in evaluators_of(cfg, "test"):
             evaluator["output_dir"] = args.out
     if args.fast:
+        if args.tta:
+            raise ToolError("--fast and --tta do not go together: leave one out")
         args.amp |= torch.cuda.is_available()
         dtype = args.amp_dtype if args.amp else "float32"
         cfg.custom_hooks.append({"type": "FastInferenceHook", "dtype": dtype})
@@ -99,6 +111,38 @@ def apply_test_arguments(cfg: Config, args: argparse.Namespace) -> None:
             cfg.visualizer.save_dir = args.show_dir
 
 
+def apply_tta(cfg: Config) -> None:
+    """Test on several views of each image, as mmdet's and mmseg's own tools do.
+
+    ``tta_cfg_options`` are settings that the config changes for it.
+    """
+    missing = [key for key in ("tta_model", "tta_pipeline") if key not in cfg]
+    if missing:
+        raise ToolError(
+            f"--tta needs {' and '.join(missing)} in the config; the files in _base_/datasets of "
+            "the shipped configs show them"
+        )
+    for key, value in cfg.get("tta_cfg_options", {}).items():
+        print(f"--tta: {key}={value}")
+        cfg.merge_from_dict({key: value})
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = {**cfg.tta_model, "module": cfg.model}
+
+
+def without_removed_parts(checkpoint: Mapping[str, Any], cfg: Config) -> dict[str, Tensor]:
+    """The weights but those of parts of the model that ``tta_cfg_options`` takes away."""
+    removed = tuple(
+        key.removeprefix("model.") + "."
+        for key, value in cfg.get("tta_cfg_options", {}).items()
+        if value is None
+    )
+    return {
+        k: v
+        for k, v in state_dict_of(checkpoint).items()
+        if not k.removeprefix("module.").startswith(removed)
+    }
+
+
 def main() -> None:
     """Evaluate."""
     args = parse_args()
@@ -108,9 +152,12 @@ def main() -> None:
         apply_test_arguments(cfg, args)
         fit_to_cpu(cfg)
         check_data(cfg, "test")
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner = build_runner(cfg)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        check_model_weights(model, read_checkpoint(args.checkpoint), args.checkpoint)
+        checkpoint = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+        if args.tta:
+            model, checkpoint = model.module, without_removed_parts(checkpoint, cfg)
+        check_model_weights(model, checkpoint, args.checkpoint)
         if args.fast and not isinstance(getattr(model, "backbone", None), MambaVision):
             raise ToolError("--fast needs a config whose model.backbone is a MambaVision")
         runner.test()

@@ -16,6 +16,7 @@ from pathlib import Path
 from common import (
     ToolError,
     add_run_arguments,
+    build_runner,
     check_data,
     check_file,
     fit_to_cpu,
@@ -23,8 +24,6 @@ from common import (
     user_errors,
 )
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,8 +89,7 @@ def main() -> None:
         apply_train_arguments(cfg, args)
         fit_to_cpu(cfg)
         check_data(cfg, "train", "val")
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        runner.train()
+        build_runner(cfg).train()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from .hooks import (
     FastInferenceHook,
     NameBadSampleHook,
 )
+from .optim import LayerDecayOptimWrapperConstructor
 from .pickles import admit_history
+from .runner import SafeRunner
 
 admit_history()
 
@@ -14,5 +16,7 @@ __all__ = [
     "BFloat16DetectionHook",
     "CheckBackboneWeightsHook",
     "FastInferenceHook",
+    "LayerDecayOptimWrapperConstructor",
     "NameBadSampleHook",
+    "SafeRunner",
 ]

@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..backbone import MambaVision
-from ..checkpoint import WeightsError, backbone_weights, check_weights
+from ..checkpoint import WeightsError, backbone_weights, check_weights, state_dict_of
 from ..inference import FastBackbone
 
 
@@ -25,13 +25,15 @@ class CheckBackboneWeightsHook(Hook):
     that the checkpoint looks like.
     """
 
+    priority = "HIGH"  # before a hook that loads from the checkpoint itself, as EMAHook does
+
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the model before mmengine loads it."""
         backbone = _backbone(runner)
         if isinstance(backbone, MambaVision):
             source = str(runner._load_from or "checkpoint")
             # mmengine loads by whole names, so weights without the prefix would all be left out
-            weights = backbone_weights(checkpoint.get("state_dict", checkpoint), "backbone.")
+            weights = backbone_weights(state_dict_of(checkpoint), "backbone.")
             if not weights:
                 raise WeightsError(
                     f"{source!r} holds no weights named backbone.*: it is not a detector or "

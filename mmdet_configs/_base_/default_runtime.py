@@ -1,6 +1,7 @@
 # What every detection run shares: scope, logging, checkpoints, and the plugin itself.
 default_scope = "mmdet"
 custom_imports = dict(imports=["mambavision_backbone"], allow_failed_imports=False)
+runner_type = "SafeRunner"  # executes nothing that a checkpoint holds
 
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),

@@ -1,6 +1,7 @@
 # What every segmentation run shares: scope, logging, and the plugin itself.
 default_scope = "mmseg"
 custom_imports = dict(imports=["mambavision_backbone"], allow_failed_imports=False)
+runner_type = "SafeRunner"  # executes nothing that a checkpoint holds
 
 custom_hooks = [
     dict(type="CheckBackboneWeightsHook"),  # a checkpoint of another variant stops the run

@@ -1,13 +1,12 @@
-"""Reading, checking and loading weights."""
+"""Which of a file's tensors belong to a backbone, and loading them."""
 
 from __future__ import annotations
 
 import argparse
-import http.server
-import pickle
-import threading
-from collections.abc import Iterator
-from functools import partial
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.checkpoint import (
     WeightsError,
+    backbone_weights,
+    check_weights,
+    fitting,
     guess_variant,
     load_pretrained,
-    read_state_dict,
 )
-from tests.conftest import published_keys
+from tests.conftest import ROOT, published_keys
 
 LAYOUTS = ["plain", "state_dict", "model", "module", "detector", "safetensors", "training"]
 
@@ -81,19 +81,6 @@ def test_layouts(
         assert torch.equal(value, expected[key]), key
 
 
-@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
-def test_numbers_of_numpy_1_and_2(module: bytes, tmp_path: Path) -> None:
-    """Files of either are read under either."""
-    file = tmp_path / "x.pth"
-    content = {"state_dict": {"x": torch.ones(2)}, "best": np.float64(1), "log": np.ones(3)}
-    torch.save(content, file, _use_new_zipfile_serialization=False)
-    data = file.read_bytes()
-    own = b"numpy._core" if b"numpy._core" in data else b"numpy.core"
-    assert own in data
-    file.write_bytes(data.replace(own, module))
-    assert read_state_dict(str(file))["x"].tolist() == [1, 1]
-
-
 def test_prefix_and_fewer_outputs(source: MambaVision, tiny_arch: Any, tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     torch.save({f"student.{k}": v for k, v in source.state_dict().items()}, file)
@@ -102,17 +89,10 @@ def test_prefix_and_fewer_outputs(source: MambaVision, tiny_arch: Any, tmp_path:
     assert torch.equal(target.outnorm2.weight, source.outnorm2.weight)
 
 
-def test_missing_file() -> None:
-    with pytest.raises(FileNotFoundError, match=r"checkpoint 'no/such.pth' does not exist"):
-        read_state_dict("no/such.pth")
-
-
 def test_wrong_variant_is_named_with_its_first_tensors() -> None:
     with torch.device("meta"):
         model = MambaVision("T")
         other = {k: torch.empty(s) for k, s in published_keys()["S"]["keys"].items()}
-    from mambavision_backbone.checkpoint import backbone_weights, check_weights
-
     with pytest.raises(WeightsError) as caught:
         check_weights(model, backbone_weights(other), "small.pth")
     message = str(caught.value)
@@ -143,64 +123,104 @@ def test_nothing_is_loaded_when_something_does_not_fit(
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
-class _Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path(self.marker),))
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    file = tmp_path / "evil.pth"
-    torch.save({"state_dict": {}, "x": _Evil(str(marker))}, file)
-    with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
-        read_state_dict(str(file))
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", pickle.dumps([1, 2])], ids=str)
-def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "x.pth"
-    file.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"x\.pth"):
-        read_state_dict(str(file))
-
-
-def test_truncated_file_is_refused(source: MambaVision, tmp_path: Path) -> None:
-    file = Path(write(source, "plain", tmp_path))
-    file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(WeightsError, match="cannot be read"):
-        read_state_dict(str(file))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Handler, directory=tmp_path)
-    ) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-def test_address(
-    source: MambaVision, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_half_a_feature_norm_is_missing(
+    source: MambaVision, tiny_arch: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    write(source, "module", tmp_path)
-    weights: dict[str, Tensor] = read_state_dict(f"{server}/module.pth")
-    assert "module.patch_embed.conv_down.0.weight" in weights
-    write(source, "safetensors", tmp_path)
-    assert read_state_dict(f"{server}/weights.safetensors").keys() == source.state_dict().keys()
-    with pytest.raises(WeightsError, match=r"none\.pth cannot be fetched"):
-        read_state_dict(f"{server}/none.pth")
-    marker = tmp_path / "marker"
-    torch.save({"x": _Evil(str(marker))}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
-        read_state_dict(f"{server}/evil.pth")
-    assert not marker.exists()
+    """All of it may be missing, as in classification files; a part is a damaged file."""
+    weights = dict(source.state_dict())
+    del weights["outnorm2.bias"]
+    file = tmp_path / "x.pth"
+    torch.save(weights, file)
+    with pytest.raises(WeightsError, match=r"missing: outnorm2\.bias"):
+        load_pretrained(MambaVision(tiny_arch), str(file))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_other_channel_counts(
+    source: MambaVision, tiny_arch: Any, channels: int, tmp_path: Path
+) -> None:
+    """Images whose channels are all equal give what such an RGB image gives."""
+    file = write(source, "plain", tmp_path)
+    target = MambaVision(tiny_arch, in_channels=channels).eval()
+    load_pretrained(target, file)
+    stem, own = (m.patch_embed.conv_down[0].weight for m in (source, target))
+    if channels == 1:
+        assert torch.allclose(own, stem.sum(1, keepdim=True))
+    else:
+        for i in range(channels):
+            assert torch.allclose(own[:, i], stem[:, i % 3] * 3 / channels)
+    if channels != 1 and channels % 3:
+        return
+    grey = torch.randn(1, 1, 40, 56)
+    for a, b in zip(
+        source.eval()(grey.expand(-1, 3, -1, -1)),
+        target(grey.expand(-1, channels, -1, -1)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_channel_counts_are_converted_from_colour_only(tiny_arch: Any, tmp_path: Path) -> None:
+    file = write(MambaVision(tiny_arch, in_channels=4), "plain", tmp_path)
+    with pytest.raises(WeightsError, match=r"conv_down.0.weight: file \(8, 4, 3, 3\), network"):
+        load_pretrained(MambaVision(tiny_arch), file)
+    target = MambaVision(tiny_arch, in_channels=4)
+    load_pretrained(target, file)  # as it is
+
+
+def test_half_precision_and_large_files_in_parts(
+    source: MambaVision, tiny_arch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "_PART", 10_000)
+    file = tmp_path / "x.pth"
+    torch.save(
+        {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}, file
+    )
+    torch.manual_seed(9)
+    target = MambaVision(tiny_arch)
+    load_pretrained(target, str(file))
+    for key, value in target.state_dict().items():
+        expected = source.state_dict()[key]
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected.half().to(value.dtype)), key
+
+
+LOAD = """
+import json, os, resource, sys, time
+from mambavision_backbone import MambaVision
+resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+arch, file = sys.argv[1:]
+model = MambaVision(arch, init_cfg=dict(type="Pretrained", checkpoint=file))
+start = time.perf_counter()
+model.init_weights()
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([seconds, (peak - resident) / os.path.getsize(file)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("arch", ["T", "L3"])
+def test_time_and_memory_of_published_files(arch: str, tmp_path: Path) -> None:
+    """T within a second; L3 within 1.3 times its file, the network itself counted in."""
+    if arch == "L3" and shutil.disk_usage(tmp_path).free < 5e9:
+        pytest.skip("needs 5 GB of disk")
+    file = tmp_path / "published.pth.tar"
+    keys = published_keys()[arch]["keys"]
+    weights = {f"module.{k}": torch.ones(s) if s else torch.tensor(1) for k, s in keys.items()}
+    torch.save({"state_dict": weights}, file)
+    del weights
+    output = subprocess.run(
+        [sys.executable, "-c", LOAD, arch, str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    file.unlink()
+    seconds, memory = json.loads(output)
+    if arch == "T":
+        assert seconds < 1
+    else:
+        assert memory < 1.3

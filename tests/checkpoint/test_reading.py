@@ -1,0 +1,116 @@
+"""Reading files that may be anything."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mambavision_backbone.checkpoint import (
+    WeightsError,
+    read_checkpoint,
+    read_state_dict,
+    reading,
+)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+def test_numbers_of_numpy_1_and_2(module: bytes, tmp_path: Path) -> None:
+    """Files of either are read under either."""
+    file = tmp_path / "x.pth"
+    content = {"state_dict": {"x": torch.ones(2)}, "best": np.float64(1), "log": np.ones(3)}
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    data = file.read_bytes()
+    own = b"numpy._core" if b"numpy._core" in data else b"numpy.core"
+    assert own in data
+    file.write_bytes(data.replace(own, module))
+    assert read_state_dict(str(file))["x"].tolist() == [1, 1]
+
+
+def test_missing_file() -> None:
+    with pytest.raises(FileNotFoundError, match=r"checkpoint 'no/such.pth' does not exist"):
+        read_state_dict("no/such.pth")
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path(self.marker),))
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    file = tmp_path / "evil.pth"
+    torch.save({"state_dict": {}, "x": _Evil(str(marker))}, file)
+    with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
+        read_state_dict(str(file))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", pickle.dumps([1, 2])], ids=str)
+def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"x\.pth"):
+        read_state_dict(str(file))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_truncated_file_is_refused(mmap: bool, tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    torch.save({"x": torch.ones(5000)}, file)
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        read_state_dict(str(file), mmap)
+
+
+def test_a_trusted_file_is_unpickled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "own.pth"
+    torch.save({"x": _Evil(str(marker))}, file)
+    with caplog.at_level(logging.WARNING, "mambavision_backbone"):
+        read_checkpoint(str(file), trust=True)
+    assert marker.exists()
+    assert "own.pth is unpickled without limits, as asked: code in it is executed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "named"),
+    [
+        ("2.4.1+cu121", ["CVE-2025-32434", "CVE-2026-24747"]),
+        ("2.5.1", ["CVE-2025-32434", "CVE-2026-24747"]),
+        ("2.9.1", ["CVE-2026-24747"]),
+        ("2.10.0", []),
+        ("2.11.0+cu130", []),
+    ],
+)
+def test_old_torch_is_warned_of_once(
+    version: str,
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "x.pth"
+    torch.save({"x": torch.ones(1)}, file)
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(reading, "_warned", [False])
+    for _ in range(2):
+        read_state_dict(str(file))
+    assert len(caplog.records) == bool(named)
+    for cve in ("CVE-2025-32434", "CVE-2026-24747"):
+        assert (cve in caplog.text) == (cve in named)
+
+
+def test_admitted_classes_are_admitted_while_reading_only(tmp_path: Path) -> None:
+    before = set(torch.serialization.get_safe_globals())
+    file = tmp_path / "x.pth"
+    torch.save({"best": np.float64(1), "x": torch.ones(1)}, file)
+    read_state_dict(str(file))
+    assert set(torch.serialization.get_safe_globals()) == before

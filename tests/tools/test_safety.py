@@ -1,0 +1,140 @@
+"""Checkpoints of strangers, given to the tools: nothing in them is executed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+pytest.importorskip("mmseg")
+
+from mambavision_backbone.checkpoint import read_checkpoint
+
+CONFIG = ROOT / "mmseg_configs/upernet_mambavision_demo.py"
+OPTIONS = [
+    "--cfg-options",
+    "model.backbone.arch.dim=16",
+    "model.backbone.arch.in_dim=8",
+    "model.backbone.arch.depths=(1,1,2,2)",
+    "model.backbone.arch.num_heads=(2,2,4,4)",
+    "model.decode_head.in_channels=[16,32,64,128]",
+    "model.auxiliary_head.in_channels=64",
+]
+ONE = ["train_cfg.max_iters=1", "train_cfg.val_interval=1", "default_hooks.checkpoint.interval=1"]
+TWO = ["train_cfg.max_iters=2", *ONE[1:]]
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+def run(command: list[object]) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=env,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with drawn shapes and the checkpoint of one iteration."""
+    folder = tmp_path_factory.mktemp("safety")
+    sizes = ["--train", 4, "--val", 2, "--size", 128]
+    assert run([ROOT / "tools/make_shapes.py", folder / "data", *sizes]).returncode == 0
+    data = ["--data-root", folder / "data/ade", "--work-dir", folder / "run"]
+    done = run([ROOT / "tools/train.py", CONFIG, *data, *OPTIONS, *ONE])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def commands(folder: Path, file: Path, out: Path) -> dict[str, list[object]]:
+    """Every way a tool reads a checkpoint."""
+    data = ["--data-root", folder / "data/ade", "--work-dir", out / "run"]
+    image = next((folder / "data/ade/images/validation").iterdir())
+    tools = ROOT / "tools"
+    return {
+        "resume": [tools / "train.py", CONFIG, "--resume", file, *data, *OPTIONS, *TWO],
+        "load_from": [tools / "train.py", CONFIG, *data, *OPTIONS, *ONE, f"load_from={file}"],
+        "init_cfg": [
+            *[tools / "train.py", CONFIG, *data, *OPTIONS, *ONE],
+            "model.backbone.init_cfg.type=Pretrained",
+            f"model.backbone.init_cfg.checkpoint={file}",
+        ],
+        "test": [tools / "test.py", CONFIG, file, *data, *OPTIONS],
+        "infer": [tools / "infer.py", CONFIG, file, image, "--out", out / "infer", *OPTIONS],
+        "inspect": [tools / "weights.py", "inspect", file],
+        "convert": [tools / "weights.py", "convert", file, out / "x.safetensors"],
+        "features": [
+            *[tools / "show_features.py", image, "--config", CONFIG, "--weights", file],
+            *["--out", out / "features", *OPTIONS],
+        ],
+    }
+
+
+WAYS = ["resume", "load_from", "init_cfg", "test", "infer", "inspect", "convert", "features"]
+
+
+@pytest.mark.slow
+@pytest.mark.openmmlab
+@pytest.mark.parametrize("way", WAYS)
+def test_pickled_code(way: str, trained: Path, tmp_path: Path) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "evil.pth"
+    content = dict(read_checkpoint(str(trained / "run/iter_1.pth")))
+    torch.save({**content, "extra": Evil(marker)}, file)
+    done = run(commands(trained, file, tmp_path)[way])
+    assert done.returncode == 1
+    assert "not a checkpoint of tensors and plain data" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.openmmlab
+@pytest.mark.parametrize("way", ["resume", "load_from", "test", "infer", "inspect"])
+def test_config_text(way: str, trained: Path, tmp_path: Path) -> None:
+    """The tools do their work on the tensors and leave the text alone."""
+    marker, file = tmp_path / "marker", tmp_path / "evil.pth"
+    content = dict(read_checkpoint(str(trained / "run/iter_1.pth")))
+    text = f"import os\nos.mkdir({str(marker)!r})\ngpu_ids = [0]"
+    content["meta"] = {**content["meta"], "config": text, "cfg": text}
+    torch.save(content, file)
+    done = run(commands(trained, file, tmp_path)[way])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_a_trusted_checkpoint_is_unpickled(trained: Path, tmp_path: Path) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "own.pth"
+    content = dict(read_checkpoint(str(trained / "run/iter_1.pth")))
+    torch.save({**content, "extra": Evil(marker)}, file)
+    command = commands(trained, file, tmp_path)["resume"]
+    done = run([*command[:2], "--trust-checkpoint", *command[2:]])
+    assert done.returncode == 0, done.stderr
+    assert marker.exists(), "which shows that the file is what the other tests say"
+    assert "is unpickled without limits" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_another_runner_reads_no_checkpoint(trained: Path, tmp_path: Path) -> None:
+    command = commands(trained, trained / "run/iter_1.pth", tmp_path)["resume"]
+    done = run([*command, "runner_type=Runner"])
+    assert done.returncode == 1
+    assert "runner_type='Runner' reads checkpoints without the safeguards" in done.stderr
