@@ -104,6 +104,10 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (128, 160)
+]
 
 # schedule
 max_epochs = 2

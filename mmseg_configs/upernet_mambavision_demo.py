@@ -65,6 +65,10 @@ _shapes = dict(
 train_dataloader = dict(batch_size=4, num_workers=1, dataset=dict(_shapes, pipeline=train_pipeline))
 val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(_shapes, pipeline=test_pipeline))
 test_dataloader = val_dataloader
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (128, 160)
+]
 
 # schedule
 max_iters = 1200

@@ -64,10 +64,6 @@ def test_config_builds(name: str) -> None:
     cfg = load(name)
     model = build(cfg)
     assert model.backbone.out_indices == (0, 1, 2, 3)
-    decays = cfg.optim_wrapper.paramwise_cfg.custom_keys
-    names = [n for n, _ in model.named_parameters()]
-    assert all(any(key in n for n in names) for key in ("mixer.A_log", "mixer.D"))
-    assert set(decays) >= {"mixer.A_log", "mixer.D", "gamma"}
 
 
 def test_fit_twins_differ_in_the_windows_alone() -> None:
@@ -148,7 +144,11 @@ def test_no_decay_groups() -> None:
     model.backbone = MambaVision(arch)
     settings = {k: v for k, v in cfg.optim_wrapper.to_dict().items() if k != "loss_scale"}
     wrapper = build_optim_wrapper(model, {**settings, "type": "OptimWrapper"})
-    decay = {id(g["params"][0]): g["weight_decay"] for g in wrapper.optimizer.param_groups}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in wrapper.optimizer.param_groups
+        for p in group["params"]
+    }
     for name, parameter in model.named_parameters():
         plain = parameter.dim() == 1 or name.endswith("A_log")
         assert decay[id(parameter)] == (0.0 if plain else 0.05), name

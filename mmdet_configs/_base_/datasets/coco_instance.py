@@ -63,3 +63,38 @@ val_evaluator = dict(
     backend_args=backend_args,
 )
 test_evaluator = val_evaluator
+
+# For tools/test.py --tta: boxes found at three sizes of each image, flipped and not.
+tta_model = dict(
+    type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+)
+tta_pipeline = [
+    dict(type="LoadImageFromFile", backend_args=backend_args),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=scale, keep_ratio=True)
+                for scale in [(1333, 800), (1067, 640), (1600, 960)]
+            ],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations", with_bbox=True)],
+            [
+                dict(
+                    type="PackDetInputs",
+                    meta_keys=(
+                        "img_id",
+                        "img_path",
+                        "ori_shape",
+                        "img_shape",
+                        "scale_factor",
+                        "flip",
+                        "flip_direction",
+                    ),
+                )
+            ],
+        ],
+    ),
+]
+# mmdet merges boxes but no masks, so with --tta none are predicted, and box AP alone is measured.
+tta_cfg_options = {"model.roi_head.mask_head": None, "test_evaluator.metric": "bbox"}

@@ -13,13 +13,8 @@ optim_wrapper = dict(
     type="AmpOptimWrapper",
     loss_scale="dynamic",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
-        custom_keys={
-            "mixer.A_log": dict(decay_mult=0.0),
-            "mixer.D": dict(decay_mult=0.0),
-            "gamma": dict(decay_mult=0.0),
-        },
-    ),
+    # It decays none of the backbone's norms, biases, gammas, A_log and D; the options below are for
+    # the heads. paramwise_cfg.decay_rate=0.9 slows early layers down, to fine-tune on little data.
+    constructor="LayerDecayOptimWrapperConstructor",
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )

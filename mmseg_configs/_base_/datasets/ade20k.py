@@ -48,3 +48,21 @@ test_dataloader = val_dataloader
 
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
+
+# For tools/test.py --tta: probabilities averaged over six sizes of each image, flipped and not.
+tta_model = dict(type="SegTTAModel")
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=(4 * side, side), keep_ratio=True)
+                for side in (256, 384, 512, 640, 768, 896)
+            ],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]

@@ -22,3 +22,9 @@ test_pipeline = [
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
+
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type="Resize", scale=(4 * side, side), keep_ratio=True)
+    for side in (320, 480, 640, 800, 960, 1120)
+]

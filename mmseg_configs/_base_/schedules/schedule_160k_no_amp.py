@@ -5,5 +5,6 @@ optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer={{_base_.optim_wrapper.optimizer}},
+    constructor={{_base_.optim_wrapper.constructor}},
     paramwise_cfg={{_base_.optim_wrapper.paramwise_cfg}},
 )
