@@ -161,12 +161,13 @@ class MambaVision(BaseModule):
         return tuple(outs)
 
     def init_weights(self) -> None:
-        """Load ``init_cfg``'s checkpoint, strictly; anything else is mmengine's to do."""
-        cfg = self.init_cfg
-        if isinstance(cfg, Mapping) and cfg.get("type") == "Pretrained":
-            load_pretrained(self, cfg["checkpoint"], prefix=cfg.get("prefix"))
-        else:
+        """Load ``init_cfg``'s checkpoint, strictly; without one, initialise in mmengine's way."""
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list | tuple) else [self.init_cfg]
+        pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg)]
+        if not pretrained:
             super().init_weights()
+        for cfg in pretrained:  # mmengine's own way would unpickle the file
+            load_pretrained(self, cfg["checkpoint"], prefix=cfg.get("prefix"))
 
     def train(self, mode: bool = True) -> MambaVision:
         """Set the mode, keeping frozen parts (and with ``norm_eval`` all batch norms) in eval."""
@@ -198,6 +199,13 @@ class MambaVision(BaseModule):
             unused.append(self.levels[last].downsample)  # type: ignore[arg-type]
         for part in [*self._frozen_parts(), *unused]:
             part.requires_grad_(False)
+
+
+def _is_pretrained(cfg: Any) -> bool:
+    """Whether an init_cfg, in any of mmengine's spellings, asks for a file's weights."""
+    kind = cfg.get("type") if isinstance(cfg, Mapping) else None
+    name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+    return name.rpartition(".")[2] in ("Pretrained", "PretrainedInit")
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:

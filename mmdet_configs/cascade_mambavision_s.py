@@ -1,5 +1,5 @@
 # Cascade Mask R-CNN 3x with MambaVision-S; published result on COCO val: 52.3 / 45.2.
-# For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
+# The backbone started from ImageNet weights: tools/train.py --pretrained.
 _base_ = [
     "./_base_/models/cascade_mask_rcnn.py",
     "./_base_/datasets/coco_instance_multiscale.py",

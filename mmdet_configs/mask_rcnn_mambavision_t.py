@@ -1,5 +1,5 @@
 # Mask R-CNN 1x with MambaVision-T and fitted windows: for smaller budgets. No published result.
-# For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
+# The backbone started from ImageNet weights: tools/train.py --pretrained.
 _base_ = [
     "./_base_/models/mask_rcnn.py",
     "./_base_/datasets/coco_instance.py",

@@ -1,6 +1,6 @@
 # UPerNet 160k with MambaVision-L3; published result on ADE20K val, single scale: 53.2 mIoU.
 # No AMP: training at this size is unstable in half precision.
-# For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
+# The backbone started from ImageNet weights: tools/train.py --pretrained.
 _base_ = [
     "./_base_/models/upernet.py",
     "./_base_/datasets/ade20k_640.py",

@@ -1,5 +1,5 @@
 # UPerNet 160k with MambaVision-T; published result on ADE20K val, single scale: 46.0 mIoU.
-# For ImageNet weights: model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE).
+# The backbone started from ImageNet weights: tools/train.py --pretrained.
 _base_ = [
     "./_base_/models/upernet.py",
     "./_base_/datasets/ade20k.py",

@@ -64,7 +64,7 @@ def test_all_commands_are_known() -> None:
 @pytest.mark.openmmlab
 def test_tool_commands_in_order(place: Path) -> None:
     """From the data check to the curves, each command fed by those before it."""
-    assert len(TOOLS) == 9
+    assert len(TOOLS) == 11
     image = next((place / "data/coco/val2017").iterdir())
     for command in TOOLS:
         run(command, place, {**STAND_INS, "IMAGE": str(image)}, options(command))

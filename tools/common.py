@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.checkpoint import (
+    PUBLISHED,
+    SCHEME,
     WeightsError,
     backbone_weights,
     check_weights,
@@ -112,13 +114,11 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
     if args.data_root:
         set_data_root(cfg, args.data_root)
-    if args.trust_checkpoint:
-        cfg.trust_checkpoint = True
     _add_hooks(cfg)
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, trust_checkpoint: bool) -> Runner:
     """The config's runner; by default, and wherever a checkpoint is read, a SafeRunner.
 
     Raises:
@@ -126,12 +126,14 @@ def build_runner(cfg: Config) -> Runner:
     """
     kind = cfg.setdefault("runner_type", "SafeRunner")
     reads = cfg.get("load_from") or cfg.get("resume")
-    if kind != "SafeRunner" and reads and not cfg.get("trust_checkpoint"):
+    if kind != "SafeRunner" and reads and not trust_checkpoint:
         raise ToolError(
             f"runner_type={kind!r} reads checkpoints without the safeguards of SafeRunner: leave "
             "runner_type out, or give --trust-checkpoint for a file that you trust"
         )
-    return RUNNERS.build(cfg)
+    runner = RUNNERS.build(cfg)
+    runner.trust_checkpoint = trust_checkpoint  # not in the config, which is kept for later runs
+    return runner
 
 
 def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
@@ -220,6 +222,17 @@ def check_file(path: str, what: str) -> None:
         raise ToolError(f"{what} {path!r} does not exist (relative to {os.getcwd()})")
 
 
+def weights_source(text: str) -> str:
+    """A path or address as it is; a published name with its scheme."""
+    if "://" in text or os.path.exists(os.path.expanduser(text)):
+        return text
+    names = {name.lower() for name in PUBLISHED}
+    looks_like_path = os.sep in text or Path(text).suffix in (".pth", ".pt", ".tar", ".safetensors")
+    if text.partition("@")[0].lower() in names or not looks_like_path:
+        return SCHEME + text
+    return text
+
+
 def check_model_weights(
     model: nn.Module, checkpoint: Mapping[str, Any], path: str
 ) -> dict[str, Tensor]:
@@ -274,9 +287,9 @@ def fit_to_cpu(cfg: Config) -> None:
         for key in ("loss_scale", "dtype", "use_fsdp"):
             wrapper.pop(key, None)
         wrapper["type"] = "OptimWrapper"
-        _say("no GPU: training in float32 (AmpOptimWrapper needs one)")
+        say("no GPU: training in float32 (AmpOptimWrapper needs one)")
     if _replace_type(cfg.model, "SyncBN", "BN"):
-        _say("no GPU: SyncBN replaced by BN")
+        say("no GPU: SyncBN replaced by BN")
     if cfg.launcher not in ("none", "pytorch"):
         raise ToolError(
             f"no GPU: --launcher {cfg.launcher} needs GPUs, tools/dist_train.sh works without"
@@ -291,7 +304,7 @@ def fit_to_cpu(cfg: Config) -> None:
             "find_unused_parameters": cfg.get("find_unused_parameters", False),
         }
         torch.distributed.init_process_group("gloo")
-        _say("no GPU: processes talk through gloo")
+        say("no GPU: processes talk through gloo")
 
 
 def _replace_type(node: Any, old: str, new: str) -> int:
@@ -307,6 +320,7 @@ def _replace_type(node: Any, old: str, new: str) -> int:
     return 0
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Log one line, once in a distributed run."""
     if int(os.environ.get("RANK", 0)) == 0:
         print_log(message, logger="current")

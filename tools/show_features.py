@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import ToolError, check_file, positive, read_config, user_errors
+from common import ToolError, check_file, positive, read_config, user_errors, weights_source
 from infer import UnreadableError, choose_device, read_image, write_picture
 from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
@@ -92,7 +92,7 @@ def build_backbone(args: argparse.Namespace) -> tuple[MambaVision, Mapping[str, 
     if backbone.in_channels != 3:
         raise ToolError(f"the backbone of {args.config} must have in_channels=3, for a picture")
     if args.weights:
-        load_pretrained(backbone, args.weights)
+        load_pretrained(backbone, weights_source(args.weights))
     else:
         print("no --weights: they are RANDOM, no picture shows learnt features", file=sys.stderr)
     return backbone.eval().requires_grad_(False), preprocessor

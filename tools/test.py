@@ -24,6 +24,7 @@ from common import (
     evaluators_of,
     fit_to_cpu,
     load_config,
+    say,
     user_errors,
 )
 from mmengine.config import Config
@@ -123,7 +124,7 @@ def apply_tta(cfg: Config) -> None:
             "the shipped configs show them"
         )
     for key, value in cfg.get("tta_cfg_options", {}).items():
-        print(f"--tta: {key}={value}")
+        say(f"--tta: {key}={value}")
         cfg.merge_from_dict({key: value})
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = {**cfg.tta_model, "module": cfg.model}
@@ -152,7 +153,7 @@ def main() -> None:
         apply_test_arguments(cfg, args)
         fit_to_cpu(cfg)
         check_data(cfg, "test")
-        runner = build_runner(cfg)
+        runner = build_runner(cfg, args.trust_checkpoint)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         checkpoint = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
         if args.tta:

@@ -2,6 +2,7 @@
 
     python tools/train.py mmdet_configs/cascade_mambavision_t.py --data-root data/coco
     python tools/train.py mmseg_configs/upernet_mambavision_t.py --data-root data/ade
+    python tools/train.py mmdet_configs/cascade_mambavision_t_fit.py --pretrained --amp
     bash tools/dist_train.sh mmdet_configs/cascade_mambavision_t.py 8
 
 The config's default_scope decides the task. Without a GPU the run trains in float32 on the CPU.
@@ -21,9 +22,13 @@ from common import (
     check_file,
     fit_to_cpu,
     load_config,
+    say,
     user_errors,
+    weights_source,
 )
 from mmengine.config import Config
+
+from mambavision_backbone.checkpoint import PUBLISHED, SCHEME
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +52,15 @@ def parse_args() -> argparse.Namespace:
         const="auto",
         help="go on from the newest checkpoint in the work folder, or from the one given",
     )
+    parser.add_argument(
+        "--pretrained",
+        nargs="?",
+        const="auto",
+        metavar="WEIGHTS",
+        help="start the backbone from the variant's published ImageNet weights, or from those "
+        "given: a name of tools/weights.py list, a file or an address. The published ones are "
+        "under CC-BY-NC-SA-4.0, so no config takes them unasked",
+    )
     return parser.parse_args()
 
 
@@ -65,6 +79,34 @@ def apply_train_arguments(cfg: Config, args: argparse.Namespace) -> None:
             cfg.load_from, cfg.resume = found, True
     if cfg.get("load_from"):
         check_file(cfg.load_from, "checkpoint")
+    backbone = cfg.get("model", {}).get("backbone", {})
+    if args.pretrained and not backbone:
+        raise ToolError("--pretrained needs a config with a model.backbone")
+    if args.pretrained:
+        backbone.init_cfg = {"type": "Pretrained", "checkpoint": pretrained(cfg, args.pretrained)}
+    elif not (cfg.get("load_from") or backbone.get("init_cfg") or backbone.get("pretrained")):
+        say(
+            "the backbone starts from random weights: --pretrained starts it from ImageNet's, as "
+            "the published results did"
+        )
+
+
+def pretrained(cfg: Config, wish: str) -> str:
+    """The checkpoint that --pretrained asks for.
+
+    Raises:
+        ToolError: nothing was named, and the config's backbone is no published variant.
+    """
+    if wish != "auto":
+        return weights_source(wish)
+    arch = cfg.model.get("backbone", {}).get("arch", "")
+    for name, file in PUBLISHED.items():
+        if isinstance(arch, str) and file.arch == arch.upper():
+            return SCHEME + name
+    raise ToolError(
+        "--pretrained needs a name or file here: model.backbone.arch of the config names no "
+        "published variant"
+    )
 
 
 def newest_checkpoint(cfg: Config) -> str | None:
@@ -89,7 +131,7 @@ def main() -> None:
         apply_train_arguments(cfg, args)
         fit_to_cpu(cfg)
         check_data(cfg, "train", "val")
-        build_runner(cfg).train()
+        build_runner(cfg, args.trust_checkpoint).train()
 
 
 if __name__ == "__main__":

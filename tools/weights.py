@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import ToolError, add_trust_argument, user_errors
+import torch
+from common import ToolError, add_trust_argument, user_errors, weights_source
 from torch import Tensor
 
 from mambavision_backbone import VARIANTS, MambaVision
@@ -26,6 +27,7 @@ from mambavision_backbone.checkpoint import (
     LICENCE,
     PUBLISHED,
     SCHEME,
+    WeightsError,
     backbone_weights,
     check_weights,
     file_sha256,
@@ -68,17 +70,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def source_of(text: str) -> str:
-    """A path or address as it is; a published name with its scheme."""
-    if "://" in text or os.path.exists(os.path.expanduser(text)):
-        return text
-    names = {name.lower() for name in PUBLISHED}
-    looks_like_path = os.sep in text or Path(text).suffix in (".pth", ".pt", ".tar", ".safetensors")
-    if text.partition("@")[0].lower() in names or not looks_like_path:
-        return SCHEME + text
-    return text
-
-
 def list_published() -> None:
     """Print the table of published weights."""
     print(f"{'name':<24} {'arch':<4} {'M params':>8} {'MB, about':>9}  published result")
@@ -97,7 +88,7 @@ def list_published() -> None:
 
 def get(name: str) -> None:
     """Fetch weights; print path, size and digest."""
-    source = source_of(name)
+    source = weights_source(name)
     path = local_file(source)
     print(f"path    {path}")
     print(f"size    {os.path.getsize(path) / 1e6:.1f} MB")
@@ -129,7 +120,7 @@ def describe(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 def inspect(file: str, tensors: bool, trust: bool) -> None:
     """Print what a file holds."""
-    path = local_file(source_of(file))
+    path = local_file(weights_source(file))
     checkpoint = read_checkpoint(path, mmap=True, trust=trust)
     state = state_dict_of(checkpoint)
     kind, weights = describe(checkpoint)
@@ -165,17 +156,18 @@ def inspect(file: str, tensors: bool, trust: bool) -> None:
 
 def fit(arch: str, weights: Mapping[str, Tensor], path: str) -> str:
     """Whether weights fit a variant, in a few words."""
-    import torch
-
     channels = weights["patch_embed.conv_down.0.weight"].shape[1]
-    with torch.device("meta"):
-        check_weights(MambaVision(arch, in_channels=channels), weights, path)
+    try:
+        with torch.device("meta"):
+            check_weights(MambaVision(arch, in_channels=channels), weights, path)
+    except WeightsError as error:
+        return f"nothing: {error}"
     return f"arch={arch!r}" + ("" if channels == 3 else f", in_channels={channels}")
 
 
 def convert(file: str, out: str, layout: str, prefix: str | None, trust: bool) -> None:
     """Write a file's backbone in another format or layout."""
-    path = local_file(source_of(file))
+    path = local_file(weights_source(file))
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ToolError(f"OUT is IN: {out!r}")
     checkpoint = read_checkpoint(path, mmap=True, trust=trust)

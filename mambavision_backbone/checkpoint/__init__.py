@@ -4,7 +4,8 @@ from .catalog import LICENCE, PUBLISHED, SCHEME, PublishedFile, find_published
 from .errors import WeightsError
 from .fetching import file_sha256, local_file
 from .fitting import backbone_weights, check_weights, guess_variant, load_pretrained
-from .reading import PLAIN_CLASSES, read_checkpoint, read_state_dict, state_dict_of
+from .plain import PLAIN_CLASSES
+from .reading import read_checkpoint, read_state_dict, state_dict_of
 from .writing import write_weights
 
 __all__ = [

@@ -36,6 +36,11 @@ def local_file(source: str) -> str:
         return _published(source)
     if source.startswith(("http://", "https://")):
         return _address(source)
+    scheme = re.match(r"[a-z][a-z0-9+.-]+://", source)
+    if scheme:
+        raise WeightsError(
+            f"{source!r}: files of {scheme[0]} are not read safely here. Fetch it and give its path"
+        )
     path = os.path.expanduser(source)
     if not os.path.isfile(path):
         raise FileNotFoundError(
@@ -110,8 +115,11 @@ def _address(source: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
-            if digest is not None:
+            try:
                 _check_content(path, source, digest)
+            except WeightsError:
+                path.unlink()
+                raise
             return str(path)
         partial = path.with_name(f"{path.name}.partial")
         try:

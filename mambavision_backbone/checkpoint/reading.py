@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import codecs
 import logging
-import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import WeightsError
 from .fetching import local_file
+from .plain import PLAIN_CLASSES
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -25,34 +23,7 @@ logger = logging.getLogger("mambavision_backbone")
 # CVE-2026-24747 in 2.10.
 SAFE_TORCH = (2, 10)
 _warned = [False]
-
-
-def _numpy_constructors() -> list[Any]:
-    """What numpy's scalars and arrays are pickled with, under numpy 1's name and numpy 2's."""
-    constructors: list[Any] = []
-    function: Any
-    for function in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]):
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-
-            def construct(*args: Any, _function: Any = function) -> Any:
-                return _function(*args)
-
-            # The unpickler finds a function by these names.
-            construct.__module__ = module
-            construct.__name__ = construct.__qualname__ = function.__name__
-            constructors.append(construct)
-    return constructors
-
-
-# Read from a pickle besides tensors and plain data; engine adds mmengine's own.
-PLAIN_CLASSES: list[Any] = [
-    argparse.Namespace,  # timm's training arguments
-    codecs.encode,  # the bytes of numpy's numbers; newer torch admits it itself
-    np.dtype,
-    np.ndarray,
-    *_numpy_constructors(),
-    *{type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "b1")},
-]
+_reading = threading.Lock()  # the list of admitted classes is the process's
 
 
 def read_state_dict(source: str, mmap: bool = False) -> dict[str, Tensor]:
@@ -108,20 +79,23 @@ def _read_file(path: str, map_location: Any, mmap: bool, trust: bool) -> Any:
     mmap = mmap and archive  # files of old versions of torch are plain pickles
     if trust:
         logger.warning("%s is unpickled without limits, as asked: code in it is executed", path)
-        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False)
-    _warn_of_old_torch()
+    else:
+        _warn_of_old_torch()
     try:
         with _plain_classes():
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-    except pickle.UnpicklingError as error:
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=not trust)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file that is no pickle fails in any way
         found = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
-        reason = found[1].split(". ")[0] if found else str(error).splitlines()[0]
+        if found:
+            raise WeightsError(
+                f"{path!r} is not a checkpoint of tensors and plain data, so it is not loaded: "
+                f"{found[1].split('. ')[0]}"
+            ) from error
+        reason = next(iter(str(error).splitlines()), "")
         raise WeightsError(
-            f"{path!r} is not a checkpoint of tensors and plain data, so it is not loaded: {reason}"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise WeightsError(
-            f"{path!r} cannot be read as a checkpoint (damaged?): {error}"
+            f"{path!r} cannot be read as a checkpoint (damaged?): {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -150,11 +124,13 @@ def _warn_of_old_torch() -> None:
 
 @contextmanager
 def _plain_classes() -> Iterator[None]:
-    """Admit, while reading, the harmless classes that training checkpoints hold."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(PLAIN_CLASSES)
-    try:
-        yield
-    finally:
+    """Admit, while reading, these classes and no others that the process may have admitted."""
+    with _reading:
+        before = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals(PLAIN_CLASSES)
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)

@@ -30,7 +30,8 @@ def write_weights(
         layout: ``backbone``: the names alone; ``classifier``: under ``state_dict``, without feature
             norms, as published classification files; ``detector``: under ``state_dict`` with the
             prefix ``backbone.``, as detectors and segmenters.
-        meta: facts about the weights, kept in the file.
+        meta: facts about the weights, kept where the file has room for them: in ``.safetensors``,
+            and beside ``state_dict``.
 
     Raises:
         WeightsError: unknown layout or suffix.

@@ -108,7 +108,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group = groups.setdefault((layer, name, scale), {"params": [], "name": name})
             group.update(settings)
             group["params"].append(parameter)
-        return [groups[key] for key in sorted(groups)]
+        # The top first: mmengine's logs show the rate of the first group.
+        return [groups[key] for key in sorted(groups, key=lambda key: (-key[0], *key[1:]))]
 
     def _slowed(self, backbones: list[MambaVision]) -> dict[nn.Parameter, tuple[int, float]]:
         """Layer and scale of the rate of every parameter below the top of its backbone."""

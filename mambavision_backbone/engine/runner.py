@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
@@ -14,8 +16,6 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import load_state_dict
 
 from ..checkpoint import SCHEME, WeightsError, read_checkpoint, state_dict_of
-
-_PARTIAL = ".saving.pth"  # replaced by the next one where a process was killed while saving
 
 
 @CheckpointLoader.register_scheme(SCHEME)
@@ -28,13 +28,19 @@ def load_from_mambavision(filename: str, map_location: Any = None) -> Any:
 class SafeRunner(Runner):
     """mmengine's runner, safe against what a checkpoint may hold.
 
-    mmengine unpickles checkpoints (or does so when the safe way fails), and executes the config
-    text of one that is resumed from. Here they are read by ``checkpoint.read_checkpoint`` and the
-    config text is dropped. ``trust_checkpoint = True`` in the config allows any pickle again.
+    mmengine unpickles checkpoints (or does so when the safe way fails), and when it resumes it
+    executes the config text of one and deletes the file that one names as its best. Here they are
+    read by ``checkpoint.read_checkpoint``, the config text is dropped, and only files of this run's
+    work folder are taken over as its own.
 
     Checkpoints are written beside their place and moved there, so a process killed while saving
-    leaves the older ones and no half of a new one.
+    leaves no half of one.
+
+    Attributes:
+        trust_checkpoint: unpickle whatever a checkpoint holds; see docs/security.md.
     """
+
+    trust_checkpoint = False
 
     def load_checkpoint(
         self,
@@ -49,21 +55,43 @@ class SafeRunner(Runner):
             FileNotFoundError: no such file.
             WeightsError: it is not a checkpoint, or holds more than tensors and plain data.
         """
-        trust = bool(self.cfg.get("trust_checkpoint", False))
-        checkpoint = dict(read_checkpoint(filename, map_location, trust=trust))
+        checkpoint = dict(read_checkpoint(filename, map_location, trust=self.trust_checkpoint))
         if "state_dict" not in checkpoint:  # weights alone
             checkpoint = {"state_dict": state_dict_of(checkpoint)}
-        if "meta" in checkpoint:  # resume() would execute its config
-            checkpoint["meta"] = {k: v for k, v in checkpoint["meta"].items() if k != "config"}
+        for part, dropped in (("meta", self._executed), ("message_hub", self._foreign_files)):
+            if isinstance(checkpoint.get(part), dict):
+                checkpoint[part] = dropped(checkpoint[part])
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        state = checkpoint["state_dict"]
+        old = checkpoint["state_dict"]
+        state = OrderedDict(old)
         for pattern, replacement in revise_keys:
-            state = {re.sub(pattern, replacement, k): v for k, v in state.items()}
+            state = OrderedDict((re.sub(pattern, replacement, k), v) for k, v in state.items())
+        state._metadata = getattr(old, "_metadata", OrderedDict())  # type: ignore[attr-defined]
         load_state_dict(model, state, strict, self.logger)
         self._has_loaded = True
         self.logger.info(f"Load checkpoint from {filename}")
         return checkpoint
+
+    @staticmethod
+    def _executed(meta: dict[str, Any]) -> dict[str, Any]:
+        """Without the config text, which resume() would execute."""
+        return {k: v for k, v in meta.items() if k != "config"}
+
+    def _foreign_files(self, messages: dict[str, Any]) -> dict[str, Any]:
+        """Without notes on files elsewhere than in the work folder: CheckpointHook deletes them."""
+        home = Path(self.work_dir).resolve()
+
+        def own(key: str, value: Any) -> bool:
+            if key == "keep_ckpt_ids":
+                return all(type(step) is int for step in value)
+            if not key.startswith(("best_ckpt", "last_ckpt")):
+                return True
+            path = Path(str(value)).resolve()
+            return path.suffix == ".pth" and path.is_relative_to(home)
+
+        info = messages.get("runtime_info") or {}
+        return {**messages, "runtime_info": {k: v for k, v in info.items() if own(k, v)}}
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Go on from a checkpoint; see mmengine's Runner.
@@ -86,6 +114,8 @@ class SafeRunner(Runner):
         if "://" in out_dir:
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
-        super().save_checkpoint(out_dir, _PARTIAL, *args, **kwargs)
+        place = Path(out_dir, filename)
+        partial = place.with_name(f".{place.name}.partial")
+        super().save_checkpoint(str(partial.parent), partial.name, *args, **kwargs)
         if is_main_process():
-            os.replace(os.path.join(out_dir, _PARTIAL), os.path.join(out_dir, filename))
+            os.replace(partial, place)

@@ -191,6 +191,11 @@ def test_addresses_with_one_file_name_are_told_apart(hub: Hub) -> None:
     digest = file_sha256(local_file(f"{hub.address}/run1/model.pth"))
     assert local_file(f"{hub.address}/run1/model.pth#sha256={digest}")
     assert len(first.ranges) == 2, "cut once, then taken from the cache"
+    path = Path(local_file(f"{hub.address}/run1/model.pth"))
+    path.write_bytes(path.read_bytes()[:-9] + b"something")
+    with pytest.raises(WeightsError, match="SHA-256"):
+        local_file(f"{hub.address}/run1/model.pth#sha256={digest}")
+    local_file(f"{hub.address}/run1/model.pth#sha256={digest}")  # fetched again
     with pytest.raises(WeightsError, match="64 hexadecimal digits"):
         local_file(f"{hub.address}/run1/model.pth#sha256=12")
 

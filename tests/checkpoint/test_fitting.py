@@ -123,6 +123,25 @@ def test_nothing_is_loaded_when_something_does_not_fit(
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
+@pytest.mark.parametrize("spelling", ["mmengine.Pretrained", "PretrainedInit", "list", "mixed"])
+def test_every_spelling_is_read_safely(
+    spelling: str, source: MambaVision, tiny_arch: Any, tmp_path: Path
+) -> None:
+    file = write(source, "module", tmp_path)
+    cfg: Any = dict(type=spelling, checkpoint=file)
+    if spelling in ("list", "mixed"):
+        cfg = [dict(type="Pretrained", checkpoint=file)]
+    if spelling == "mixed":
+        cfg.insert(0, dict(type="Kaiming", layer="Conv2d"))
+    target = MambaVision(tiny_arch, init_cfg=cfg)
+    target.init_weights()
+    stem = "patch_embed.conv_down.0.weight"
+    assert torch.equal(target.state_dict()[stem], source.state_dict()[stem])
+    Path(file).write_bytes(b"no checkpoint")
+    with pytest.raises(WeightsError, match="is not a checkpoint"):
+        target.init_weights()
+
+
 def test_half_a_feature_norm_is_missing(
     source: MambaVision, tiny_arch: Any, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import pickle
 from pathlib import Path
@@ -114,3 +115,115 @@ def test_admitted_classes_are_admitted_while_reading_only(tmp_path: Path) -> Non
     torch.save({"best": np.float64(1), "x": torch.ones(1)}, file)
     read_state_dict(str(file))
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+class _Call:
+    """Pickles to a call with any arguments, and optionally a state."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.parts = (function, arguments, state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+ARRAY = np.zeros(1).__reduce__()[0]
+SCALAR = np.float64(0).__reduce__()[0]
+FOREIGN = b"A" * 8  # as an address
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        _Call(np.ndarray, (1,), "O", FOREIGN),
+        _Call(np.ndarray, (1,), np.dtype("f8"), FOREIGN),
+        _Call(ARRAY, np.ndarray, (1,), b"O"),
+        _Call(ARRAY, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [object])),
+        _Call(ARRAY, np.ndarray, (0,), b"b", state=(1, (9,), np.dtype("f8"), False, FOREIGN)),
+        _Call(SCALAR, np.dtype("f8"), b"1234"),
+        _Call(np.dtype, "O8", False, True),
+        _Call(np.dtype, "f8,O8", False, True),
+        _Call(np.dtype, "f8", False, True, state=(3, "<", None, ("x",), {"x": 1}, 8, 8, 63)),
+        np.array([_Call(print, "x")], dtype=object),
+        np.zeros(2, dtype="f8,i4"),
+        _Call(codecs.encode, "x", "bz2"),
+    ],
+    ids=[
+        "object array over bytes",
+        "array over bytes",
+        "array of objects",
+        "object state",
+        "more elements than bytes",
+        "short scalar",
+        "object dtype",
+        "structured dtype",
+        "dtype with fields",
+        "object array",
+        "structured array",
+        "other codec",
+    ],
+)
+def test_numpys_constructors_take_plain_data_only(thing: Any, tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    torch.save({"state_dict": {}, "x": thing}, file)
+    with pytest.raises(WeightsError, match=r"x\.pth"):
+        read_checkpoint(str(file))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6, dtype="u1").reshape(2, 3),
+        np.arange(6, dtype=">i2").reshape(3, 2).T,
+        np.zeros((0, 3), "f4"),
+        np.array(["a", "bcd"]),
+        np.array([1 + 2j]),
+        np.array([True, False]),
+        np.float32(1.5),
+        np.uint16(7),
+        np.bool_(True),
+        np.str_("text"),
+    ],
+    ids=lambda v: f"{v.dtype}",
+)
+def test_plain_numpy_comes_back(value: Any, tmp_path: Path) -> None:
+    """As it was, and again when what was read is written."""
+    file = tmp_path / "x.pth"
+    for _ in range(2):
+        torch.save({"x": value}, file)
+        found = read_checkpoint(str(file))["x"]
+        # numpy's reader turns bytes to the machine's order
+        assert found.dtype == value.dtype.newbyteorder("=")
+        assert np.array_equal(found, value)
+        value = found
+    trusted = torch.load(file, weights_only=False)["x"]
+    assert type(trusted) in (np.ndarray, type(np.asarray(trusted)[()]))
+
+
+def test_what_the_process_admits_elsewhere_is_not_admitted(tmp_path: Path) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "x.pth"
+    torch.save({"x": _Evil(str(marker))}, file)
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([Path.touch, type(marker), type(marker).__mro__[1]])
+    try:
+        with pytest.raises(WeightsError, match="not a checkpoint of tensors"):
+            read_checkpoint(str(file))
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("content", [b"hello world", b"0\n", b"text\n" * 50], ids=repr)
+def test_text_is_no_checkpoint(content: bytes, trust: bool, tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"x\.pth"):
+        read_checkpoint(str(file), trust=trust)
+
+
+@pytest.mark.parametrize("source", ["s3://a/b.pth", "open-mmlab://x", "torchvision://resnet50"])
+def test_other_schemes_are_named(source: str) -> None:
+    with pytest.raises(WeightsError, match="are not read safely here"):
+        read_checkpoint(source)

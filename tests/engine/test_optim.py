@@ -144,7 +144,8 @@ def test_layers_of_t(kind: str) -> None:
         tensors[17] -= 4  # the head
     assert sorted(tensors.items()) == [(layer, number) for layer, _, number in T_LAYERS]
     names = [group["name"] for group in groups_of(wrapper)]
-    assert names[:3] == ["layer 0, decay", "layer 0, no decay", "layer 1, decay"]
+    assert names[-3:] == ["layer 1, no decay", "layer 0, decay", "layer 0, no decay"]
+    assert groups_of(wrapper)[0]["lr"] == LR, "which mmengine logs as lr"
     assert len(set(names)) == len(names) == 35 + (kind != "bare")  # out norms have nothing to decay
 
 
@@ -206,7 +207,7 @@ def test_update_is_that_of_single_groups(rate: float, scaled_arch: dict[str, Any
     depths = scaled_arch["depths"]
     for (name, _), group in zip(other.named_parameters(), _in_order(single, other), strict=True):
         group["lr"] *= rate ** (sum(depths) + 1 - layer_by_name(name, depths))
-    assert len(merged.param_groups) == 2 if rate == 1 else 2 * 9 + 2
+    assert len(merged.param_groups) == (2 if rate == 1 else 2 * 9 + 2)
 
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
@@ -330,9 +331,9 @@ def test_one_table_is_logged(tiny_arch: dict[str, Any], logged: list[str]) -> No
     title, head, *rows = message.splitlines()
     assert title == "Parameter groups:"
     assert head.split() == ["group", "lr", "weight", "decay", "tensors", "parameters"]
-    assert rows[0].split("  ")[0] == "layer 1, decay"
-    assert rows[0].split()[-4:] == ["0.005314", "0.05", "2", "4,608"]  # 0.9**6, 2·16·16·3·3
-    assert rows[-1].split()[-4:] == ["0.01", "0", "10", "488"]  # 2·(16+32+64+128+4)
+    assert rows[-2].split("  ")[0] == "layer 1, decay"
+    assert rows[-2].split()[-4:] == ["0.005314", "0.05", "2", "4,608"]  # 0.9**6, 2·16·16·3·3
+    assert rows[1].split()[-4:] == ["0.01", "0", "10", "488"]  # 2·(16+32+64+128+4)
     MMLogger.get_current_instance().info("and it speaks again")
     assert logged[-1] == "and it speaks again"
 

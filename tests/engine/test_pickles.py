@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ pytest.importorskip("mmengine")
 
 from mmengine.logging import HistoryBuffer, MessageHub
 
-from mambavision_backbone.checkpoint import WeightsError, read_state_dict
+from mambavision_backbone.checkpoint import WeightsError, read_checkpoint, read_state_dict
 
 
 @pytest.mark.openmmlab
@@ -44,5 +43,19 @@ class _Getattr:
 def test_getattr_reaches_the_statistics_alone(name: str, tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     torch.save({"state_dict": {}, "x": _Getattr(name)}, file)
-    with pytest.raises((WeightsError, pickle.UnpicklingError), match="not admitted"):
+    with pytest.raises(WeightsError, match="not admitted"):
         read_state_dict(str(file))
+
+
+def test_reading_changes_no_statistic_of_the_process(tmp_path: Path) -> None:
+    class Crafted(HistoryBuffer):
+        def __reduce__(self) -> tuple[Any, ...]:
+            state = {**HistoryBuffer([1.0], [1]).__dict__, "statistics_methods": {"mean": "nonsense"}}
+            return HistoryBuffer, ([1.0], [1]), state
+
+    file = tmp_path / "x.pth"
+    torch.save({"state_dict": {}, "x": Crafted([1.0], [1])}, file)
+    found = read_checkpoint(str(file))["x"]
+    assert type(found) is HistoryBuffer
+    assert found.mean() == 1.0
+    assert found.statistics("mean") == 1.0

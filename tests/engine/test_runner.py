@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 pytest.importorskip("mmengine")
 
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS, RUNNERS
+from mmengine.registry import DATASETS, METRICS, MODELS, RUNNERS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -36,6 +38,8 @@ class Model(BaseModel):
 
     def forward(self, inputs: Any, targets: Any, mode: str = "tensor") -> Any:
         error = self.layers(inputs) - targets
+        if mode == "predict":
+            return [error]
         return {"loss": error.square().mean()} if mode == "loss" else error
 
 
@@ -51,7 +55,12 @@ class Data(torch.utils.data.Dataset):
         return {"inputs": self.inputs[index], "targets": self.inputs[index].sum()[None]}
 
 
-def build(work_dir: Path, epochs: int = 2, **more: Any) -> Any:
+def build(
+    work_dir: Path,
+    epochs: int = 2,
+    checkpoint: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Any:
     torch.manual_seed(3)
     return RUNNERS.build(
         Config(
@@ -74,7 +83,10 @@ def build(work_dir: Path, epochs: int = 2, **more: Any) -> Any:
                     dict(type="MultiStepLR", milestones=[1], by_epoch=True),
                 ],
                 custom_hooks=[dict(type="EMAHook", momentum=0.1)],
-                default_hooks=dict(logger=dict(type="LoggerHook", interval=1)),
+                default_hooks=dict(
+                    logger=dict(type="LoggerHook", interval=1),
+                    checkpoint=dict(type="CheckpointHook", interval=1, **checkpoint),
+                ),
                 randomness=dict(seed=7),
                 log_level="WARNING",
                 default_scope="mmengine",
@@ -151,7 +163,9 @@ def test_pickled_code_is_not_executed(resume: bool, trained: Path, tmp_path: Pat
     with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
         build(tmp_path / "refused", **options).train()
     assert not marker.exists()
-    build(tmp_path / "trusted", trust_checkpoint=True, **options).train()
+    trusting = build(tmp_path / "trusted", **options)
+    trusting.trust_checkpoint = True
+    trusting.train()
     assert marker.exists(), "the file would have done it"
 
 
@@ -164,6 +178,68 @@ def test_weights_alone_are_loaded_but_not_resumed(trained: Path, tmp_path: Path)
     assert torch.equal(runner.model.layers[0].weight, weights["layers.0.weight"])
     with pytest.raises(WeightsError, match=r"no checkpoint of a training.*without --resume"):
         build(tmp_path / "b", load_from=str(file), resume=True, custom_hooks=[]).train()
+
+
+@METRICS.register_module(name="RunnerTestMetric", force=True)
+class Metric(BaseMetric):
+    """Better from one evaluation to the next."""
+
+    def process(self, *_args: Any) -> None:
+        self.results.append(1)
+
+    def compute_metrics(self, *_args: Any) -> dict[str, float]:
+        Metric.value = getattr(Metric, "value", 0.0) + 1
+        return {"value": Metric.value}
+
+
+EVALUATED = {
+    "val_dataloader": {
+        "batch_size": 4,
+        "num_workers": 0,
+        "collate_fn": {"type": "default_collate"},
+        "dataset": {"type": "RunnerTestData"},
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+    },
+    "val_cfg": {},
+    "val_evaluator": {"type": "RunnerTestMetric"},
+}
+BEST = {"save_best": "value", "rule": "greater", "max_keep_ckpts": 2}
+
+
+def test_best_and_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    """What is superseded is deleted, also after a resume in the same folder."""
+    folder = tmp_path / "run"
+    build(folder, 3, BEST, **EVALUATED).train()
+    names = ["best_value_epoch_3.pth", "epoch_2.pth", "epoch_3.pth"]
+    assert sorted(p.name for p in folder.glob("*.pth")) == names
+    build(folder, 4, BEST, resume=True, **EVALUATED).train()
+    names = ["best_value_epoch_4.pth", "epoch_3.pth", "epoch_4.pth"]
+    assert sorted(p.name for p in folder.glob("*.pth")) == names
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_files_elsewhere_are_not_deleted(kind: str, tmp_path: Path) -> None:
+    """A checkpoint says which file is its best; mmengine deletes that one for a better."""
+    first = tmp_path / "first"
+    build(first, 2, BEST, **EVALUATED).train()
+    best = first / "best_value_epoch_2.pth"
+    victim = best
+    if kind == "folder":
+        victim = tmp_path / "precious"
+        victim.mkdir()
+        (victim / "file").touch()
+
+    def edit(content: dict[str, Any]) -> None:
+        info = content["message_hub"]["runtime_info"]
+        assert Path(info["best_ckpt"]).parent == first
+        info.update(best_ckpt=str(victim), last_ckpt=str(victim), best_score=-1.0)
+        info["keep_ckpt_ids"] = ["/../../x"]
+
+    file = change(first / "epoch_2.pth", tmp_path / "evil.pth", edit)
+    build(tmp_path / "second", 3, BEST, load_from=file, resume=True, **EVALUATED).train()
+    assert victim.exists()
+    assert best.exists()
+    assert (tmp_path / "second/best_value_epoch_3.pth").exists()
 
 
 KILLED = """
@@ -192,10 +268,12 @@ def test_killed_while_saving(trained: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert trained.read_bytes() == before
-    assert sorted(p.name for p in folder.glob("*.pth")) == [".saving.pth", "epoch_1.pth"]
+    assert [p.name for p in folder.glob("*.pth")] == ["epoch_1.pth"]
+    assert (folder / ".epoch_2.pth.partial").exists(), "it was killed in the middle"
     runner = build(folder, epochs=2, resume=True)
     runner.train()
     assert sorted(p.name for p in folder.glob("*.pth")) == ["epoch_1.pth", "epoch_2.pth"]
+    assert not list(folder.glob(".*.partial"))
 
 
 def test_mmengine_knows_published_names(hub: Hub, tmp_path: Path) -> None:

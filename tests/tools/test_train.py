@@ -397,8 +397,39 @@ def test_amp_and_scaled_learning_rate_reach_the_runner() -> None:
         "from mmengine.config import Config; from argparse import Namespace;"
         "cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper'),"
         " auto_scale_lr=dict(enable=False, base_batch_size=16)));"
-        "train.apply_train_arguments(cfg, Namespace(amp=True, auto_scale_lr=True, resume=None));"
+        "train.apply_train_arguments(cfg, Namespace(amp=True, auto_scale_lr=True, resume=None,"
+        " pretrained=None));"
         "print(cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale, cfg.auto_scale_lr.enable)"
     )
     done = run(sys.executable, "-c", code)
     assert done.stdout.split() == ["AmpOptimWrapper", "dynamic", "True"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "checkpoint"),
+    [
+        ("--pretrained", "mambavision://T-1K"),
+        ("--pretrained=b-21k", "mambavision://b-21k"),
+        ("--pretrained=mine.safetensors", "mine.safetensors"),
+        ("--pretrained=https://example.org/x.pth", "https://example.org/x.pth"),
+        ("", ""),
+    ],
+)
+def test_pretrained(wish: str, checkpoint: str) -> None:
+    """Published weights are taken when asked for, and not otherwise."""
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import train, common;"
+        "args = train.parse_args(); cfg = common.load_config(args);"
+        "train.apply_train_arguments(cfg, args);"
+        "print('found', (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint', ''))"
+    )
+    config = ROOT / "mmdet_configs/cascade_mambavision_t.py"
+    done = run(sys.executable, "-c", code, config, *filter(None, [wish]))
+    assert done.stdout.splitlines()[-1].split() == ["found", *filter(None, [checkpoint])]
+    assert ("starts from random weights" in done.stdout + done.stderr) == (not wish)
+
+
+def test_pretrained_needs_a_variant(tmp_path: Path) -> None:
+    done = tool("train.py", CONFIGS["mmdet"], "--pretrained", "--work-dir", tmp_path)
+    assert done.returncode == 1
+    assert "--pretrained needs a name or file here" in done.stderr
