@@ -50,7 +50,7 @@ def test_getattr_reaches_the_statistics_alone(name: str, tmp_path: Path) -> None
 def test_reading_changes_no_statistic_of_the_process(tmp_path: Path) -> None:
     class Crafted(HistoryBuffer):
         def __reduce__(self) -> tuple[Any, ...]:
-            state = {**HistoryBuffer([1.0], [1]).__dict__, "statistics_methods": {"mean": "nonsense"}}
+            state = {**HistoryBuffer([1.0], [1]).__dict__, "statistics_methods": {"mean": "x"}}
             return HistoryBuffer, ([1.0], [1]), state
 
     file = tmp_path / "x.pth"
