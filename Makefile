@@ -4,9 +4,13 @@
 #   WORK_DIR        where the demo writes
 #   DEMO_ARGS       more arguments of tools/demo.py, such as --smoke
 #   TEST_ARGS       more arguments of pytest, such as -k scan
+#   TEST_WORKERS    processes that run the tests, a file each at a time
 WORK_DIR ?= work_dirs/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
+# A thread each: two that spin for two cores take many times as long.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-openmmlab lint env env-openmmlab clean clean-env
@@ -18,11 +22,11 @@ demo: env ## train, evaluate and picture a detector and a segmenter on drawn sha
 	.venv/bin/python tools/demo.py --work-dir "$(WORK_DIR)" $(DEMO_ARGS)
 
 test: env ## run all tests
-	.venv/bin/python -m pytest $(TEST_ARGS)
+	$(call PYTEST,.venv) $(TEST_ARGS)
 
 # Everything quick, and of the slow tests those which cover what differs between the two sets.
 test-openmmlab: env-openmmlab ## run the tests beside the upstream mm packages
-	.venv-openmmlab/bin/python -m pytest -m "openmmlab or not slow" $(TEST_ARGS)
+	$(call PYTEST,.venv-openmmlab) -m "openmmlab or not slow" $(TEST_ARGS)
 
 lint: env ## check style, formatting and types
 	.venv/bin/python -m ruff check
