@@ -33,6 +33,7 @@ DETECTION = [
     "train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]",
     "train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(128,128)]",
     *(f"{split}_dataloader.dataset.pipeline.1.scale=(128,128)" for split in ("val", "test")),
+    *(f"tta_pipeline.1.transforms.0.{size}.scale=(128,128)" for size in range(3)),
 ]
 SEGMENTATION = [
     *NARROW,

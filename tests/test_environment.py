@@ -315,7 +315,7 @@ def name_of(requirement: str) -> str:
 
 def test_plain_requirements_hold_no_mm_package() -> None:
     names = {name_of(requirement) for requirement in direct_requirements()}
-    assert names == {"torch", "timm", "numpy", "safetensors"}
+    assert names == {"torch", "timm", "numpy", "safetensors", "huggingface-hub", "filelock"}
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -87,7 +87,7 @@ def _read_file(path: str, map_location: Any, mmap: bool, trust: bool) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a file that is no pickle fails in any way
-        found = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
+        found = re.search(r"(?:WeightsUnpickler error:\s*|(?=Trying to load ))(\S.*)", str(error))
         if found:
             raise WeightsError(
                 f"{path!r} is not a checkpoint of tensors and plain data, so it is not loaded: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ class _Evil:
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
+
+
+def test_a_blocked_module_is_named(tmp_path: Path) -> None:
+    torch.save({"x": _Call(os.mkdir, str(tmp_path / "marker"))}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match=r"tensors and plain data.*posix\.mkdir"):
+        read_state_dict(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ def test_amp_and_scaled_learning_rate_reach_the_runner() -> None:
         "print(cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale, cfg.auto_scale_lr.enable)"
     )
     done = run(sys.executable, "-c", code)
-    assert done.stdout.split() == ["AmpOptimWrapper", "dynamic", "True"]
+    assert done.stdout.splitlines()[-1].split() == ["AmpOptimWrapper", "dynamic", "True"]
 
 
 @pytest.mark.parametrize(
