@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -59,6 +60,23 @@ def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def published_keys() -> dict[str, Any]:
     """Names, shapes and parameter counts of the published variants."""
     return json.loads((GOLDEN / "published_keys.json").read_text())
+
+
+class Call:
+    """Pickles to a call with any arguments, and optionally a state."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.parts = (function, arguments, state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+def saved(content: Any) -> bytes:
+    """A checkpoint file's bytes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

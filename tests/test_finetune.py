@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY_ARCH
+from tests.conftest import ROOT, TINY_ARCH, saved
 from tests.documents import DETECTION, SEGMENTATION, blocks, commands, make_place, run
 from tests.hub import Hub, Served
 
@@ -64,11 +63,8 @@ def test_commands_in_order(place: Path, hub: Hub) -> None:
     torch.manual_seed(4)
     weights = MambaVision({**TINY_ARCH, "window_size": (8, 8, 14, 7)}).state_dict()
     published = {f"module.{k}": v for k, v in weights.items() if not k.startswith("outnorm")}
-    buffer = io.BytesIO()
-    torch.save({"state_dict": {**published, "module.head.bias": torch.ones(5)}}, buffer)
-    served = hub.files["nvidia/MambaVision-T-1K/mambavision_tiny_1k.pth.tar"] = Served(
-        buffer.getvalue()
-    )
+    content = saved({"state_dict": {**published, "module.head.bias": torch.ones(5)}})
+    served = hub.files["nvidia/MambaVision-T-1K/mambavision_tiny_1k.pth.tar"] = Served(content)
     lines = commands(DOCUMENT)
     outputs = {
         line: run(line, place, STAND_INS, options(line))

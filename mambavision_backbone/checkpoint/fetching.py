@@ -29,8 +29,8 @@ def local_file(source: str) -> str:
 
     Raises:
         FileNotFoundError: no such path.
-        WeightsError: no such name, or the download failed or is not what it should be. Nothing
-            of it stays in the cache.
+        WeightsError: no such name, an HTML page, or the download failed or is not what it should
+            be. Nothing of it stays in the cache.
     """
     if source.startswith(SCHEME):
         return _published(source)
@@ -47,6 +47,7 @@ def local_file(source: str) -> str:
             f"checkpoint {source!r} does not exist (relative to {os.getcwd()}): check the path "
             "in init_cfg, load_from or on the command line"
         )
+    _check_content(Path(path), source)
     return path
 
 
@@ -128,7 +129,7 @@ def _address(source: str) -> str:
                 http_get(address, opened)
             _check_content(partial, source, digest)
             os.replace(partial, path)
-        except (WeightsError, KeyboardInterrupt):
+        except WeightsError:
             raise
         except Exception as error:  # of the HTTP library, which differs with the hub's version
             raise WeightsError(f"{address} cannot be fetched: {_reason(error)}") from error
@@ -137,12 +138,10 @@ def _address(source: str) -> str:
     return str(path)
 
 
-def _check_content(path: Path, source: str, sha256: str | None) -> None:
+def _check_content(path: Path, source: str, sha256: str | None = None) -> None:
     with path.open("rb") as opened:
         if opened.read(64).lstrip().startswith(b"<"):
-            raise WeightsError(
-                f"{source} gave an HTML page, not a checkpoint: a login or an error?"
-            )
+            raise WeightsError(f"{source} is an HTML page, not a checkpoint: a login or an error?")
     if sha256 is None:
         return
     found = file_sha256(path)

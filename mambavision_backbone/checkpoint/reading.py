@@ -68,13 +68,11 @@ def read_checkpoint(
 
 def _read_file(path: str, map_location: Any, mmap: bool, trust: bool) -> Any:
     with open(path, "rb") as opened:
-        head = opened.read(64).lstrip()
-    if head.startswith(b"<"):
-        raise WeightsError(f"{path!r} is an HTML page, not a checkpoint")
+        head = opened.read(2)
     if path.endswith(".safetensors"):
         return _read_safetensors(path, map_location)
     archive = zipfile.is_zipfile(path)
-    if head.startswith(b"PK") and not archive:  # a zip file's directory is at its end
+    if head == b"PK" and not archive:  # a zip file's directory is at its end
         raise WeightsError(f"{path!r} cannot be read as a checkpoint: its end is missing")
     mmap = mmap and archive  # files of old versions of torch are plain pickles
     if trust:

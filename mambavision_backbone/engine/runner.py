@@ -58,9 +58,12 @@ class SafeRunner(Runner):
         checkpoint = dict(read_checkpoint(filename, map_location, trust=self.trust_checkpoint))
         if "state_dict" not in checkpoint:  # weights alone
             checkpoint = {"state_dict": state_dict_of(checkpoint)}
-        for part, dropped in (("meta", self._executed), ("message_hub", self._foreign_files)):
+        for part, cleaned in (
+            ("meta", self._without_config),
+            ("message_hub", self._without_foreign_files),
+        ):
             if isinstance(checkpoint.get(part), dict):
-                checkpoint[part] = dropped(checkpoint[part])
+                checkpoint[part] = cleaned(checkpoint[part])
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
         old = checkpoint["state_dict"]
@@ -74,12 +77,12 @@ class SafeRunner(Runner):
         return checkpoint
 
     @staticmethod
-    def _executed(meta: dict[str, Any]) -> dict[str, Any]:
-        """Without the config text, which resume() would execute."""
+    def _without_config(meta: dict[str, Any]) -> dict[str, Any]:
+        """The facts but the config text, which resume() would execute."""
         return {k: v for k, v in meta.items() if k != "config"}
 
-    def _foreign_files(self, messages: dict[str, Any]) -> dict[str, Any]:
-        """Without notes on files elsewhere than in the work folder: CheckpointHook deletes them."""
+    def _without_foreign_files(self, messages: dict[str, Any]) -> dict[str, Any]:
+        """The notes but those on files outside the work folder, which CheckpointHook deletes."""
         home = Path(self.work_dir).resolve()
 
         def own(key: str, value: Any) -> bool:

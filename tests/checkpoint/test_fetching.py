@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ from mambavision_backbone.checkpoint import (
     local_file,
     read_state_dict,
 )
-from tests.conftest import ROOT, published_keys, read_golden, relative_error
+from tests.conftest import ROOT, published_keys, read_golden, relative_error, saved
 from tests.hub import COMMIT, Hub, Served
 
 T = "nvidia/MambaVision-T-1K/mambavision_tiny_1k.pth.tar"
@@ -30,14 +29,8 @@ DETECTOR = "nvidia/cascade_mask_rcnn_mamba_vision_tiny_3x_coco/"
 DETECTOR += "cascade_mask_rcnn_mamba_vision_tiny_3x_coco.pth"
 
 
-def dump(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 def small() -> bytes:
-    return dump({"state_dict": {"x": torch.arange(100_000.0)}})
+    return saved({"state_dict": {"x": torch.arange(100_000.0)}})
 
 
 def cached(folder: Path) -> list[Path]:
@@ -81,7 +74,7 @@ def golden_content(layout: str) -> tuple[Any, str]:
 @pytest.mark.parametrize("layout", ["state_dict", "model", "module", "detector"])
 def test_published_layouts_give_the_golden_outputs(layout: str, hub: Hub) -> None:
     content, place = golden_content(layout)
-    data = dump(content)
+    data = saved(content)
     hub.files[place] = Served(data, cut_at=len(data) // 3)
     golden, meta = read_golden("small_windows")
     name = "cascade-T-3x-COCO" if layout == "detector" else "T-1K"
@@ -108,7 +101,7 @@ def test_published_t_file(hub: Hub) -> None:
     """The published names and shapes of T, classifier and all."""
     keys = published_keys()["T"]["keys"]
     weights = {k: torch.randn(s) if s else torch.tensor(3) for k, s in keys.items()}
-    hub.files[T] = Served(dump({"state_dict": {f"module.{k}": v for k, v in weights.items()}}))
+    hub.files[T] = Served(saved({"state_dict": {f"module.{k}": v for k, v in weights.items()}}))
     model = MambaVision("T", init_cfg=dict(type="Pretrained", checkpoint="mambavision://t-1k"))
     model.init_weights()
     own = model.state_dict()
@@ -182,7 +175,7 @@ def test_revision(hub: Hub) -> None:
 
 def test_addresses_with_one_file_name_are_told_apart(hub: Hub) -> None:
     for number in (1, 2):
-        content = dump({"x": torch.tensor([float(number)])})
+        content = saved({"x": torch.tensor([float(number)])})
         hub.files[f"run{number}/model.pth"] = Served(content, cut_at=len(content) // 2)
     for number in (1, 2):
         found = read_state_dict(f"{hub.address}/run{number}/model.pth")

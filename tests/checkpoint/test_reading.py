@@ -19,6 +19,7 @@ from mambavision_backbone.checkpoint import (
     read_state_dict,
     reading,
 )
+from tests.conftest import Call
 
 
 @pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
@@ -39,16 +40,8 @@ def test_missing_file() -> None:
         read_state_dict("no/such.pth")
 
 
-class _Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path(self.marker),))
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-
 def test_a_blocked_module_is_named(tmp_path: Path) -> None:
-    torch.save({"x": _Call(os.mkdir, str(tmp_path / "marker"))}, tmp_path / "evil.pth")
+    torch.save({"x": Call(os.mkdir, str(tmp_path / "marker"))}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match=r"tensors and plain data.*posix\.mkdir"):
         read_state_dict(str(tmp_path / "evil.pth"))
     assert not (tmp_path / "marker").exists()
@@ -57,7 +50,7 @@ def test_a_blocked_module_is_named(tmp_path: Path) -> None:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     file = tmp_path / "evil.pth"
-    torch.save({"state_dict": {}, "x": _Evil(str(marker))}, file)
+    torch.save({"state_dict": {}, "x": Call(Path.touch, marker)}, file)
     with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
         read_state_dict(str(file))
     assert not marker.exists()
@@ -82,7 +75,7 @@ def test_truncated_file_is_refused(mmap: bool, tmp_path: Path) -> None:
 
 def test_a_trusted_file_is_unpickled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     marker, file = tmp_path / "marker", tmp_path / "own.pth"
-    torch.save({"x": _Evil(str(marker))}, file)
+    torch.save({"x": Call(Path.touch, marker)}, file)
     with caplog.at_level(logging.WARNING, "mambavision_backbone"):
         read_checkpoint(str(file), trust=True)
     assert marker.exists()
@@ -125,16 +118,6 @@ def test_admitted_classes_are_admitted_while_reading_only(tmp_path: Path) -> Non
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-class _Call:
-    """Pickles to a call with any arguments, and optionally a state."""
-
-    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
-        self.parts = (function, arguments, state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.parts
-
-
 ARRAY = np.zeros(1).__reduce__()[0]
 SCALAR = np.float64(0).__reduce__()[0]
 FOREIGN = b"A" * 8  # as an address
@@ -143,18 +126,18 @@ FOREIGN = b"A" * 8  # as an address
 @pytest.mark.parametrize(
     "thing",
     [
-        _Call(np.ndarray, (1,), "O", FOREIGN),
-        _Call(np.ndarray, (1,), np.dtype("f8"), FOREIGN),
-        _Call(ARRAY, np.ndarray, (1,), b"O"),
-        _Call(ARRAY, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [object])),
-        _Call(ARRAY, np.ndarray, (0,), b"b", state=(1, (9,), np.dtype("f8"), False, FOREIGN)),
-        _Call(SCALAR, np.dtype("f8"), b"1234"),
-        _Call(np.dtype, "O8", False, True),
-        _Call(np.dtype, "f8,O8", False, True),
-        _Call(np.dtype, "f8", False, True, state=(3, "<", None, ("x",), {"x": 1}, 8, 8, 63)),
-        np.array([_Call(print, "x")], dtype=object),
+        Call(np.ndarray, (1,), "O", FOREIGN),
+        Call(np.ndarray, (1,), np.dtype("f8"), FOREIGN),
+        Call(ARRAY, np.ndarray, (1,), b"O"),
+        Call(ARRAY, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [object])),
+        Call(ARRAY, np.ndarray, (0,), b"b", state=(1, (9,), np.dtype("f8"), False, FOREIGN)),
+        Call(SCALAR, np.dtype("f8"), b"1234"),
+        Call(np.dtype, "O8", False, True),
+        Call(np.dtype, "f8,O8", False, True),
+        Call(np.dtype, "f8", False, True, state=(3, "<", None, ("x",), {"x": 1}, 8, 8, 63)),
+        np.array([Call(print, "x")], dtype=object),
         np.zeros(2, dtype="f8,i4"),
-        _Call(codecs.encode, "x", "bz2"),
+        Call(codecs.encode, "x", "bz2"),
     ],
     ids=[
         "object array over bytes",
@@ -210,7 +193,7 @@ def test_plain_numpy_comes_back(value: Any, tmp_path: Path) -> None:
 
 def test_what_the_process_admits_elsewhere_is_not_admitted(tmp_path: Path) -> None:
     marker, file = tmp_path / "marker", tmp_path / "x.pth"
-    torch.save({"x": _Evil(str(marker))}, file)
+    torch.save({"x": Call(Path.touch, marker)}, file)
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals([Path.touch, type(marker), type(marker).__mro__[1]])
     try:

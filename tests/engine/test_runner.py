@@ -26,7 +26,7 @@ from torch import nn
 
 from mambavision_backbone.checkpoint import WeightsError, read_checkpoint
 from mambavision_backbone.engine import SafeRunner
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Call
 from tests.hub import Hub, Served
 
 
@@ -103,14 +103,6 @@ def change(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -
     return str(target)
 
 
-class Evil:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.marker,))
-
-
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """The checkpoint of one epoch."""
@@ -158,7 +150,7 @@ def test_config_text_is_not_executed(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_pickled_code_is_not_executed(resume: bool, trained: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    file = change(trained, tmp_path / "evil.pth", lambda c: c.update(x=Evil(marker)))
+    file = change(trained, tmp_path / "evil.pth", lambda c: c.update(x=Call(Path.touch, marker)))
     options: dict[str, Any] = {"load_from": file, "resume": resume}
     with pytest.raises(WeightsError, match="not a checkpoint of tensors and plain data"):
         build(tmp_path / "refused", **options).train()

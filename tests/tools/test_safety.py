@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Call, saved
 from tests.hub import Hub, Served
 
+pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mambavision_backbone.checkpoint import read_checkpoint
+from tests.tools.test_train import (
+    CONFIGS,
+    options,
+    run,
+    shapes,  # noqa: F401 (a fixture)
+    tool,
+)
 
-CONFIG = ROOT / "mmseg_configs/upernet_mambavision_demo.py"
-OPTIONS = [
-    "--cfg-options",
-    "model.backbone.arch.dim=16",
-    "model.backbone.arch.in_dim=8",
-    "model.backbone.arch.depths=(1,1,2,2)",
-    "model.backbone.arch.num_heads=(2,2,4,4)",
-    "model.decode_head.in_channels=[16,32,64,128]",
-    "model.auxiliary_head.in_channels=64",
-]
-ONE = ["train_cfg.max_iters=1", "train_cfg.val_interval=1", "default_hooks.checkpoint.interval=1"]
-TWO = ["train_cfg.max_iters=2", *ONE[1:]]
-
-
-class Evil:
-    def __init__(self, marker: Path) -> None:
-        self.marker = str(marker)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.marker,)
-
-
-def run(command: list[object]) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=env,
-        check=False,
-    )
+CONFIG = CONFIGS["mmseg"]
+OPTIONS = options("mmseg")
+TWO = "train_cfg.max_iters=2"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A folder with drawn shapes and the checkpoint of one iteration."""
     folder = tmp_path_factory.mktemp("safety")
-    sizes = ["--train", 4, "--val", 2, "--size", 128]
-    assert run([ROOT / "tools/make_shapes.py", folder / "data", *sizes]).returncode == 0
+    (folder / "data").symlink_to(shapes)
     data = ["--data-root", folder / "data/ade", "--work-dir", folder / "run"]
-    done = run([ROOT / "tools/train.py", CONFIG, *data, *OPTIONS, *ONE])
+    done = tool("train.py", CONFIG, *data, *OPTIONS)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -73,10 +47,10 @@ def commands(folder: Path, file: Path | str, out: Path) -> dict[str, list[object
     image = next((folder / "data/ade/images/validation").iterdir())
     tools = ROOT / "tools"
     return {
-        "resume": [tools / "train.py", CONFIG, "--resume", file, *data, *OPTIONS, *TWO],
-        "load_from": [tools / "train.py", CONFIG, *data, *OPTIONS, *ONE, f"load_from={file}"],
+        "resume": [tools / "train.py", CONFIG, "--resume", file, *data, *OPTIONS, TWO],
+        "load_from": [tools / "train.py", CONFIG, *data, *OPTIONS, f"load_from={file}"],
         "init_cfg": [
-            *[tools / "train.py", CONFIG, *data, *OPTIONS, *ONE],
+            *[tools / "train.py", CONFIG, *data, *OPTIONS],
             "model.backbone.init_cfg.type=Pretrained",
             f"model.backbone.init_cfg.checkpoint={file}",
         ],
@@ -109,7 +83,7 @@ for way, words in json.loads(sys.argv[1]).items():
 def run_all(tools: dict[str, list[object]]) -> dict[str, str]:
     """Run the tools in one process, to save starting each; returns how each ended."""
     words = json.dumps({way: [str(c) for c in command] for way, command in tools.items()})
-    done = run(["-c", IN_TURN, words])
+    done = run(sys.executable, "-c", IN_TURN, words)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("ENDING ")]
     return dict(json.loads(line.removeprefix("ENDING ")) for line in lines)
@@ -120,7 +94,7 @@ def run_all(tools: dict[str, list[object]]) -> dict[str, str]:
 def test_pickled_code(trained: Path, tmp_path: Path) -> None:
     marker, file = tmp_path / "marker", tmp_path / "evil.pth"
     content = dict(read_checkpoint(str(trained / "run/iter_1.pth")))
-    torch.save({**content, "extra": Evil(marker)}, file)
+    torch.save({**content, "extra": Call(os.mkdir, str(marker))}, file)
     endings = run_all(commands(trained, file, tmp_path))
     assert len(endings) == 8
     for way, message in endings.items():
@@ -147,9 +121,9 @@ def test_config_text(trained: Path, tmp_path: Path) -> None:
 def test_a_trusted_checkpoint_is_unpickled(trained: Path, tmp_path: Path) -> None:
     marker, file = tmp_path / "marker", tmp_path / "own.pth"
     content = dict(read_checkpoint(str(trained / "run/iter_1.pth")))
-    torch.save({**content, "extra": Evil(marker)}, file)
+    torch.save({**content, "extra": Call(os.mkdir, str(marker))}, file)
     command = commands(trained, file, tmp_path)["resume"]
-    done = run([*command[:2], "--trust-checkpoint", *command[2:]])
+    done = run(sys.executable, *command[:2], "--trust-checkpoint", *command[2:])
     assert done.returncode == 0, done.stderr
     assert marker.exists(), "which shows that the file is what the other tests say"
     assert "is unpickled without limits" in done.stdout + done.stderr
@@ -158,7 +132,7 @@ def test_a_trusted_checkpoint_is_unpickled(trained: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_another_runner_reads_no_checkpoint(trained: Path, tmp_path: Path) -> None:
     command = commands(trained, trained / "run/iter_1.pth", tmp_path)["resume"]
-    done = run([*command, "runner_type=Runner"])
+    done = run(sys.executable, *command, "runner_type=Runner")
     assert done.returncode == 1
     assert "runner_type='Runner' reads checkpoints without the safeguards" in done.stderr
 
@@ -169,13 +143,11 @@ def test_published_segmenter_by_name(way: str, trained: Path, hub: Hub, tmp_path
     """By its name on the hub, without the ImageNet file that the config speaks of."""
     content = dict(read_checkpoint(str(trained / "run/iter_1.pth")))
     content["meta"] = {**content["meta"], "config": "raise SystemExit('executed')"}
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     name = "mamba_vision_160k_ade20k-512x512_tiny"
-    hub.files[f"nvidia/{name}/{name}.pth"] = Served(buffer.getvalue())
+    hub.files[f"nvidia/{name}/{name}.pth"] = Served(saved(content))
     command = commands(trained, "mambavision://upernet-T-160k-ADE20K", tmp_path)[way]
     missing = ["model.backbone.init_cfg.type=Pretrained", "model.backbone.init_cfg.checkpoint=none"]
-    done = run([*command, *missing])
+    done = run(sys.executable, *command, *missing)
     assert done.returncode == 0, done.stdout + done.stderr
     if way == "test":
         assert "mIoU" in done.stdout + done.stderr
