@@ -34,6 +34,13 @@ def device_name(device: str) -> str:
     return gpu or platform.processor() or platform.machine()
 
 
+def graph_bytes() -> int:
+    """What CUDA graphs keep for themselves on the GPU and PyTorch does not count as allocated."""
+    segments = torch.cuda.memory_snapshot()
+    own = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in own)
+
+
 def show(message: str) -> None:
     """One progress line on a terminal, nothing elsewhere."""
     if sys.stderr.isatty():

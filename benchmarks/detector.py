@@ -11,7 +11,8 @@ start of training only the true boxes are worth a mask: 7 an image, where later 
 
 Every round runs all networks of a task once, in turn, so that a drift of the machine's speed meets
 all of them; the median over the rounds is reported. The peak is the most memory that PyTorch
-allocates on the GPU, less what the other networks hold. Writes a JSON file and prints a table.
+allocates on the GPU, with what CUDA graphs keep, less what the other networks hold. Writes a JSON
+file and prints a table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, commit, device_name, show, write
+from common import RESULTS, commit, device_name, graph_bytes, show, write
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -36,6 +37,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
+from mambavision_backbone import MambaVision
 from mambavision_backbone.engine import BFloat16DetectionHook
 
 ROOT = RESULTS.parents[1]
@@ -45,6 +47,7 @@ TASKS = {  # name: (library, config, images of a training iteration, their heigh
 }
 NETWORKS: dict[str, dict[str, Any]] = {  # what differs from the config's backbone
     "T fit": {},
+    "T fit, graphs": {"graphs": 8},
     "T pad": {"window_mode": "pad"},
     "T fit, with_cp": {"with_cp": True},
     "ResNet-50": {"_delete_": True, "type": "ResNet", "depth": 50},
@@ -155,6 +158,8 @@ def own_bytes(model: Any, wrapper: Any, mode: str) -> int:
     """What a network holds on the GPU between two runs; inference needs no optimizer."""
     states = wrapper.optimizer.state.values() if mode == "training" else []
     held = [*model.parameters(), *model.buffers(), *(t for s in states for t in s.values())]
+    if isinstance(model.backbone, MambaVision):
+        held += model.backbone._graphs.buffers()
     return sum(t.nbytes for t in held if t.is_cuda)
 
 
@@ -193,7 +198,8 @@ def measure(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 continue  # this warmed up
             row["times_s"].append(time.perf_counter() - start)
             if args.device == "cuda":
-                peak = (torch.cuda.max_memory_allocated() - others) / 2**20
+                graphs = graph_bytes() if "graphs" in row["network"] and mode == "training" else 0
+                peak = (torch.cuda.max_memory_allocated() - others + graphs) / 2**20
                 row["peak_mib"] = max(peak, row.get("peak_mib", 0.0))
             if mode == "training":
                 row["loss"] = result["loss"].item()

@@ -7,9 +7,10 @@ Inference: ``amp`` is float32 weights under autocast; ``half`` weights in half p
 MambaVision by ``accelerate``, which also folds batch norms), kernels launched one by one; ``graph``
 the same as a CUDA graph (for MambaVision by ``accelerate``, its copies in and out included);
 ``compiled`` torch.compile(mode="reduce-overhead"), which uses CUDA graphs too. Training is forward
-and backward under autocast, with gradients given for the maps: ``eager``; ``graph`` with the whole
-pass in one CUDA graph; ``compiled``. All in channels-last. The median of the runs, host included,
-and the peak memory that PyTorch allocates. The error is ‖a − b‖ / ‖b‖ of the maps of inference
+and backward under autocast, with gradients given for the maps: ``eager``; ``graphs`` as
+``MambaVision(graphs=...)`` does it for every shape; ``graph`` with the whole pass in one CUDA graph of
+the benchmark's own; ``compiled``. All in channels-last. The median of the runs, host included, and the
+peak memory of a run: what PyTorch allocates and what CUDA graphs keep. The error is ‖a − b‖ / ‖b‖ of the maps of inference
 against the same network in float64. Writes a JSON file and prints a table.
 """
 
@@ -26,10 +27,11 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, commit, device_name, relative_error, show, write
+from common import RESULTS, commit, device_name, graph_bytes, relative_error, show, write
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
+from mambavision_backbone.graphs import TrainingGraphs
 from mambavision_backbone.inference import FastBackbone, accelerate
 
 DETECTION, SEGMENTATION, CLASSIFICATION = (8, 8, 112, 56), (8, 8, 64, 32), (8, 8, 14, 7)
@@ -77,12 +79,12 @@ GOALS: list[tuple[str, str, tuple[str, ...], float, float | None, str | None, fl
 
 
 def timed(build: Callable[[], Run], args: argparse.Namespace) -> tuple[dict[str, float], Run]:
-    """Median, least and most seconds of a run, and the peak memory from building it on."""
-    torch.cuda.reset_peak_memory_stats()
+    """Median, least and most seconds of a run, and its peak memory."""
     run = build()
     for _ in range(args.warmup):
         run()
     times = []
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(args.runs):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -93,7 +95,7 @@ def timed(build: Callable[[], Run], args: argparse.Namespace) -> tuple[dict[str,
         "median_s": statistics.median(times),
         "min_s": min(times),
         "max_s": max(times),
-        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+        "peak_mib": (torch.cuda.max_memory_allocated() + graph_bytes()) / 2**20,
     }
     return row, run
 
@@ -170,8 +172,15 @@ def training(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Calla
 
         return run
 
+    def graphs() -> Run:
+        graphed = copy.deepcopy(model)
+        graphed._graphs = TrainingGraphs(limit=1)
+        parameters[:] = graphed.parameters()
+        return lambda: step(graphed)
+
     parameters = list(model.parameters())
-    return {"eager": lambda: step, "graph": lambda: replayed(step), "compiled": compiled}
+    modes = {"eager": lambda: step, "graph": lambda: replayed(step), "compiled": compiled}
+    return {**modes, "graphs": graphs} if isinstance(model, MambaVision) else modes
 
 
 def exact_maps(model: nn.Module, x: Tensor) -> list[Tensor]:

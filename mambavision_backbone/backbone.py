@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_pretrained
+from .graphs import TrainingGraphs
 from .layers.mixer import MambaVisionMixer
 from .layers.norms import build_out_norm
 from .layers.stage import ConvStage, TokenStage
@@ -47,6 +48,8 @@ class MambaVision(BaseModule):
             ``ops.selective_scan``.
         compile: run through ``torch.compile``, as one graph with dynamic height and width. The
             first runs take minutes, and torch.compile needs a C++ compiler.
+        graphs: train on a GPU by CUDA graphs, of so many input shapes at most; see
+            :class:`~mambavision_backbone.graphs.TrainingGraphs`.
         init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` loads a file strictly.
 
     Raises:
@@ -67,6 +70,7 @@ class MambaVision(BaseModule):
         out_norm: str = "LN",
         scan_backend: str = "auto",
         compile: bool = False,
+        graphs: int = 0,
         init_cfg: Any = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -87,6 +91,9 @@ class MambaVision(BaseModule):
         self.norm_eval = norm_eval
         self.with_cp = with_cp
         check_backend(scan_backend)
+        if graphs and (compile or with_cp):
+            raise ValueError("graphs cannot be had together with compile or with_cp")
+        self._graphs = TrainingGraphs(graphs)
 
         arch_ = self.arch
         channels = arch_.channels
@@ -139,6 +146,12 @@ class MambaVision(BaseModule):
                 f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}: "
                 "in_channels sets the number of channels"
             )
+        if self._graphs.limit and not getattr(self, "_is_replica", False):
+            return self._graphs.run(self._cast_features, self, x)
+        return self._cast_features(x)
+
+    def _cast_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features, with weights cast all at once where autocast would cast each."""
         recomputes = self.with_cp and torch.is_grad_enabled()
         replica = getattr(self, "_is_replica", False)  # of nn.DataParallel: slots not its own
         if self._caster.wanted(x) and not (recomputes or replica):

@@ -1,0 +1,174 @@
+"""Whether training in half precision follows training in float32.
+
+    python benchmarks/precision.py
+
+Trains the demo's detector and segmenter for 2,000 iterations in float32, float16 and bfloat16 from
+the same random weights and with the same order of images, and once more in float32 from another
+seed, to see how far two runs are apart anyway. A curve is the running mean of the loss over five
+records; its distance is the mean of |a − b| / b to the first float32 run, warm-up left out. Writes
+a JSON file and a picture. The runs share the GPU: a quarter of an hour for all at once on one GPU
+and 16 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from common import RESULTS, commit, device_name, write
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+ITERATIONS, BATCH, WARMUP, WINDOW = 2000, 4, 100, 5
+EPOCHS = 8
+CONFIGS = {
+    "detection": ROOT / "mmdet_configs/cascade_mambavision_demo.py",
+    "segmentation": ROOT / "mmseg_configs/upernet_mambavision_demo.py",
+}
+LENGTH = {
+    "detection": [f"train_cfg.max_epochs={EPOCHS}", f"param_scheduler.1.end={EPOCHS}"],
+    "segmentation": [f"train_cfg.max_iters={ITERATIONS}", f"param_scheduler.1.end={ITERATIONS}"],
+}
+RUNS = {  # name: (what replaces the config's mixed precision, seed)
+    "float32": ("type='OptimWrapper'", 0),
+    "float32, other seed": ("type='OptimWrapper'", 1),
+    "float16": ("type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16'", 0),
+    "bfloat16": ("type='AmpOptimWrapper', dtype='bfloat16'", 0),
+}
+
+
+def start(task: str, name: str, work: Path, data: Path, options: list[str]) -> Any:
+    """Start one training; its output goes to a file in its folder."""
+    precision, seed = RUNS[name]
+    folder = work / task / name.replace(", ", "_").replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.py"
+    config.write_text(
+        f"_base_ = {str(CONFIGS[task])!r}\n"
+        "_wrapper = {k: v for k, v in _base_.optim_wrapper.items()"
+        " if k not in ('type', 'loss_scale')}\n"
+        f"optim_wrapper = dict(_wrapper, _delete_=True, {precision})\n"
+        "del _wrapper\n"
+    )
+    layout = {"detection": "coco", "segmentation": "ade"}[task]
+    command = [sys.executable, ROOT / "tools/train.py", config, "--data-root", data / layout]
+    command += ["--work-dir", folder, "--cfg-options", f"randomness.seed={seed}"]
+    command += [*LENGTH[task], *options]
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    with (folder / "output.txt").open("w") as output:
+        print("+", *command, flush=True)
+        return folder, subprocess.Popen(
+            [*map(str, command)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The losses of a run by iteration, and what was measured on held-out images at the end."""
+    log = max(folder.glob("*/vis_data/scalars.json"))
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    metrics = [row for row in rows if any(k.startswith("coco/") or k == "mIoU" for k in row)]
+    last = metrics[-1] if metrics else {}
+    wanted = ("coco/bbox_mAP", "coco/segm_mAP", "mIoU")
+    return {"losses": losses, "metrics": {k: last[k] for k in wanted if k in last}}
+
+
+def curve(losses: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and smoothed losses, warm-up left out."""
+    steps, values = np.array([pair for pair in losses if pair[0] > WARMUP]).T
+    kernel = np.full(WINDOW, 1 / WINDOW)
+    return steps[WINDOW - 1 :], np.convolve(values, kernel, "valid")
+
+
+def compare(runs: dict[str, dict[str, Any]]) -> None:
+    """Put each run's distance to float32 and whether all its losses are finite into it."""
+    _, wanted = curve(runs["float32"]["losses"])
+    for run in runs.values():
+        _, values = curve(run["losses"])
+        run["distance"] = float(np.mean(np.abs(values - wanted) / wanted))
+        run["finite"] = all(math.isfinite(loss) for _, loss in run["losses"])
+
+
+def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
+    """One picture with the curves of each task."""
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
+    for axis, (task, runs) in zip(axes[0], results.items(), strict=True):
+        for name, run in runs.items():
+            axis.plot(*curve(run["losses"]), label=name, linewidth=1.2)
+        axis.set(title=task, xlabel="iteration", ylabel="loss", yscale="log")
+        axis.legend()
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=90)
+
+
+def main() -> None:
+    """Train all, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs/precision")
+    parser.add_argument("--tasks", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--jobs", type=int, default=8, help="trainings at a time")
+    parser.add_argument("--out", type=Path, default=RESULTS / "precision.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/precision.png")
+    parser.add_argument("--options", nargs="+", default=[], help="more --cfg-options")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device: on a CPU the tools train in float32")
+    work = args.work_dir.resolve()
+    sizes = ["--train", str(ITERATIONS * BATCH // EPOCHS), "--val", "100", "--size", "128"]
+    draw_shapes = [sys.executable, ROOT / "tools/make_shapes.py", work / "data", *sizes]
+    subprocess.run([*map(str, draw_shapes)], check=True, cwd=ROOT)
+
+    waiting = [(task, name) for task in args.tasks for name in RUNS]
+    started: dict[tuple[str, str], Any] = {}
+    running: list[Any] = []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            key = waiting.pop(0)
+            started[key], process = start(*key, work, work / "data", args.options)
+            running.append((key, process))
+        (task, name), process = running.pop(0)
+        if process.wait():
+            for _, other in running:
+                other.kill()
+            sys.exit(f"{task}, {name} failed: see {started[task, name] / 'output.txt'}")
+
+    results: dict[str, dict[str, Any]] = {task: {} for task in args.tasks}
+    for (task, name), folder in started.items():
+        results[task][name] = read(folder)
+    for task, runs in results.items():
+        compare(runs)
+        for name, run in runs.items():
+            metrics = ", ".join(f"{k} {v:.3f}" for k, v in run["metrics"].items())
+            finite = "all losses finite" if run["finite"] else "NOT ALL LOSSES FINITE"
+            print(f"{task:13} {name:20} distance {run['distance']:.3f}, {finite}; {metrics}")
+        apart = runs["float32, other seed"]["distance"]
+        met = all(
+            runs[n]["finite"] and runs[n]["distance"] <= apart for n in ("float16", "bfloat16")
+        )
+        print(
+            f"{task}: as close to float32 as another seed's float32: {'met' if met else 'NOT met'}"
+        )
+    write(args.out, {"device": device_name("cuda"), "commit": commit(), "results": results})
+    draw(results, args.picture)
+
+
+if __name__ == "__main__":
+    main()
