@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class TrainingGraphs:
         self.limit = limit
         self._seen: set[Any] = set()
         self._passes: dict[Any, _Pass] = {}
-        self._memory = _Memory()
+        self._memory: _Memory | None = None
         self._under_way: Callable[[], _Ticket | None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,14 +57,16 @@ class TrainingGraphs:
         key = (x.shape, x.dtype, x.device, autocast)
         captured = self._passes.get(key)
         if captured is not None and not captured.holds():
-            self._passes.clear()  # weights were moved, frozen, replaced: all graphs are of the past
-            captured = None
+            # Weights were moved, frozen or replaced: all graphs are of the past.
+            captured, self._memory = None, None
+            self._passes.clear()
         if captured is None:
             if len(self._passes) >= self.limit:
                 return forward(x)
             if key not in self._seen:
                 self._seen.add(key)
                 return forward(x)
+            self._memory = self._memory or _Memory(x.device)
             try:
                 captured = self._passes[key] = _Pass(forward, network, x, self._memory)
             except RuntimeError as error:
@@ -76,7 +79,7 @@ class TrainingGraphs:
 
     def buffers(self) -> list[Tensor]:
         """What is kept on the GPU beside the graphs' own memory, to pass tensors by."""
-        return list(self._memory.buffers.values())
+        return list(self._memory.buffers.values()) if self._memory else []
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
         ticket = self._under_way()
@@ -101,20 +104,15 @@ class _Ticket:
 class _Memory:
     """What all graphs use: their pool, a stream to capture on, and buffers to pass tensors by."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
         self.buffers: dict[Any, Tensor] = {}
-        self.pool: Any = None
-        self.stream: Any = None
-
-    def prepare(self, device: torch.device) -> None:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-            self.stream = torch.cuda.Stream(device)
 
     def buffer(self, role: Any, like: Tensor) -> Tensor:
         """A tensor of like's shape, strides and dtype in the memory of its role."""
         memory = self.buffers.get(role)
-        if memory is None or memory.nbytes < like.nbytes or memory.device != like.device:
+        if memory is None or memory.nbytes < like.nbytes:
             memory = torch.empty(like.nbytes, dtype=torch.uint8, device=like.device)
             self.buffers[role] = memory  # graphs that use the old one keep it
         return memory[: like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
@@ -126,7 +124,6 @@ class _Pass:
     def __init__(
         self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor, memory: _Memory
     ) -> None:
-        memory.prepare(x.device)
         self.weights = [p for p in network.parameters() if p.requires_grad]
         self._modules = list(network.modules())
         self._tensors = [*network.parameters(), *network.buffers()]
@@ -135,22 +132,15 @@ class _Pass:
             raise RuntimeError("SyncBatchNorm talks to other processes")
         self.x = memory.buffer("x", torch.empty_like(x, memory_format=torch.channels_last))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(x.device):
+        with torch.cuda.device(x.device), _other_leaves(network, self.weights) as leaves:
             with self._capture(self._forward, memory), _uncached_autocast():
                 maps = forward(self.x)
                 self._maps = [memory.buffer(("map", i), m.detach()) for i, m in enumerate(maps)]
                 _copy(self._maps, maps)
             self._grad_maps = [memory.buffer(("grad", i), m) for i, m in enumerate(self._maps)]
             with self._capture(self._backward, memory):
-                found = torch.autograd.grad(maps, self.weights, self._grad_maps, allow_unused=True)
-                self._has_grad = [g is not None for g in found]
-                grads = [g for g in found if g is not None]
-                self._grads = [
-                    memory.buffer(("weight", i), torch.empty_like(w))
-                    for i, w in enumerate(self.weights)
-                    if self._has_grad[i]
-                ]
-                _copy(self._grads, grads)
+                grads = torch.autograd.grad(maps, leaves, self._grad_maps, allow_unused=True)
+                self._grads = _Gradients(grads, self.weights, memory)
 
     @staticmethod
     def _capture(graph: torch.cuda.CUDAGraph, memory: _Memory) -> torch.cuda.graph:
@@ -179,10 +169,67 @@ class _Pass:
         """Gradients of the weights, in memory of their own."""
         _copy(self._grad_maps, grad_maps)
         self._backward.replay()
-        grads = [torch.empty_like(g) for g in self._grads]
-        _copy(grads, self._grads)
-        given = iter(grads)
-        return [next(given) if has else None for has in self._has_grad]
+        return self._grads.copies()
+
+
+class _Gradients:
+    """Gradients side by side in one tensor, or one for each dtype: one launch copies them."""
+
+    ALIGNMENT = 128  # elements
+
+    def __init__(
+        self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], memory: _Memory
+    ) -> None:
+        lengths: dict[torch.dtype, int] = {}
+        self._places: list[Any] = []  # dtype, shape, strides and offset; None without a gradient
+        for grad, weight in zip(grads, weights, strict=True):
+            if grad is None:
+                self._places.append(None)
+                continue
+            start = lengths.get(weight.dtype, 0)
+            lengths[weight.dtype] = start - (-weight.numel() // self.ALIGNMENT) * self.ALIGNMENT
+            shape = weight.shape, torch.empty_like(weight).stride()
+            self._places.append((weight.dtype, *shape, start))
+        device = weights[0].device
+        self._all = {
+            dtype: memory.buffer(("weights", dtype), torch.empty(n, dtype=dtype, device=device))
+            for dtype, n in lengths.items()
+        }
+        into = [view for view in self._views(self._all) if view is not None]
+        _copy(into, [grad for grad in grads if grad is not None])
+
+    def copies(self) -> list[Tensor | None]:
+        """The gradients in memory of their own."""
+        return self._views({dtype: memory.clone() for dtype, memory in self._all.items()})
+
+    def _views(self, memory: dict[torch.dtype, Tensor]) -> list[Tensor | None]:
+        return [
+            place and memory[place[0]].as_strided(place[1], place[2], place[3])
+            for place in self._places
+        ]
+
+
+@contextmanager
+def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put other tensors on the same memory in the weights' places, inside.
+
+    PyTorch ties the weights themselves to the stream that they were first used on, which a capture
+    must not touch.
+    """
+    leaves = {id(w): w.detach().requires_grad_() for w in weights}
+    slots = [
+        (module._parameters, name, weight)
+        for module in network.modules()
+        for name, weight in module._parameters.items()
+        if id(weight) in leaves
+    ]
+    try:
+        for parameters, name, weight in slots:
+            parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
+        yield list(leaves.values())
+    finally:
+        for parameters, name, weight in slots:
+            parameters[name] = weight
 
 
 def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
