@@ -4,10 +4,10 @@
 
 Trains the demo's detector and segmenter for 2,000 iterations in float32, float16 (also by
 CUDA graphs) and bfloat16 from the same random weights and with the same order of images, and once
-more in float32 from another seed, to see how far two runs are apart anyway. A curve is the running mean of the loss over five
-records; its distance is the mean of |a − b| / b to the first float32 run, warm-up left out. Writes
-a JSON file and a picture. The runs share the GPU: a quarter of an hour for all at once on one GPU
-and 16 cores.
+more in float32 from another seed, to see how far two runs are apart anyway. A curve is the running
+mean of the loss over five records; its distance is the mean of |a − b| / b to the first float32
+run, warm-up left out. Writes a JSON file and a picture. The runs share the GPU: a quarter of an
+hour for all at once on one GPU and 16 cores. What was interrupted goes on when repeated.
 """
 
 from __future__ import annotations

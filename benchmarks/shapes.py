@@ -1,0 +1,228 @@
+"""What a backbone costs on a GPU as images grow, and when their shapes vary.
+
+    python benchmarks/shapes.py
+
+Growth: time and memory against the side of one square image, and against the number of images of
+512×512; inference and training (forward and backward) as CUDA graphs, all networks alike; memory is
+that of the same pass without graphs. Drawn into docs/images.
+
+Varying shapes: twenty padded sizes of COCO images, two a batch, in turn; inference and training as
+each network is used where shapes vary: kernel by kernel (``eager``), MambaVision also by its
+``graphs``. The first two rounds, in which graphs are captured, are reported apart from the later
+ones; memory is the most that PyTorch allocates and what graphs keep for themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import timm
+import torch
+from common import RESULTS, commit, device_name, graph_bytes, show, write
+from modes import CASES, PASSES, timed
+from torch import nn
+
+from mambavision_backbone import MambaVision
+from mambavision_backbone.graphs import TrainingGraphs
+from mambavision_backbone.inference import accelerate
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PICTURE = RESULTS.parents[1] / "docs/images/growth.png"
+GROWTH = ["T fit", "T pad", "ConvNeXt-T"]
+SIDES, BATCHES = (256, 512, 768, 1024, 1536, 2048), (1, 4, 8, 16)
+VARYING = ["T fit", "ConvNeXt-T", "ResNet-50"]
+LANDSCAPE = [(800, width) for width in range(800, 1345, 64)]
+COCO = [*LANDSCAPE, *((w, h) for h, w in LANDSCAPE if w > h), (640, 1344), (1344, 640), (736, 1344)]
+
+
+def build(name: str, pass_: str) -> nn.Module:
+    """One of the networks of modes.py, ready for a pass."""
+    torch.manual_seed(0)
+    model = CASES[name][0]().cuda().to(memory_format=torch.channels_last)
+    return model.train(pass_ == "training")
+
+
+def images(batch: int, height: int, width: int) -> torch.Tensor:
+    """Random images."""
+    x = torch.randn(batch, 3, height, width, device="cuda")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def free() -> None:
+    """Give back what the last measurement left."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times and memory of all sizes and numbers of images."""
+    inputs = {(1, side) for side in SIDES} | {(batch, 512) for batch in BATCHES}
+    rows = []
+    for name in GROWTH:
+        for pass_, modes in PASSES.items():
+            model = build(name, pass_)
+            for batch, side in sorted(inputs):
+                show(f"{name}, {pass_}, {batch}×{side}×{side}")
+                row = {"network": name, "pass": pass_, "batch": batch, "side": side}
+                x = images(batch, side, side)
+                built = modes(model, x, getattr(torch, args.dtype))
+                plain = "half" if pass_ == "inference" else "eager"
+                with torch.set_grad_enabled(pass_ == "training"):
+                    free()
+                    memory, _ = timed(built[plain], argparse.Namespace(warmup=1, runs=1))
+                    times, _ = timed(built["graph"], args)
+                rows.append(row | times | {"peak_mib": memory["peak_mib"]})
+                del built
+                model.zero_grad(set_to_none=True)
+                free()
+    return rows
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Four pictures: time and memory against sides and numbers."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8))
+    colors = dict(zip(GROWTH, ("tab:red", "tab:orange", "tab:blue"), strict=True))
+    lines = {"inference": "--", "training": "-"}
+    for column, key in enumerate(("side", "batch")):
+        chosen = [r for r in rows if (r["batch"] == 1 if key == "side" else r["side"] == 512)]
+        for axis, value in zip(axes[:, column], ("median_s", "peak_mib"), strict=True):
+            for name in GROWTH:
+                for pass_, line in lines.items():
+                    own = [r for r in chosen if (r["network"], r["pass"]) == (name, pass_)]
+                    own.sort(key=lambda r: r[key])
+                    scale = 1e3 if value == "median_s" else 1.0
+                    axis.plot(
+                        [r[key] for r in own],
+                        [scale * r[value] for r in own],
+                        line,
+                        color=colors[name],
+                        marker=".",
+                        label=f"{name}, {pass_}",
+                    )
+            axis.set(xscale="log", yscale="log")
+            axis.set_xlabel("side of one image" if key == "side" else "images of 512×512")
+            axis.set_ylabel("ms" if value == "median_s" else "MiB")
+            ticks = SIDES if key == "side" else BATCHES
+            axis.set_xticks(ticks, [str(t) for t in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=80)
+
+
+def varying(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of a pass over shapes in turn."""
+    rows = []
+    for name in VARYING:
+        for pass_ in PASSES:
+            for graphs in (0, len(COCO)) if name.startswith("T ") else (0,):
+                mode = "graphs" if graphs else "eager"
+                show(f"{name}, {pass_}, {mode}, shapes in turn")
+                model = build(name, pass_)
+                torch.cuda.reset_peak_memory_stats()
+                with torch.set_grad_enabled(pass_ == "training"):
+                    first, later = rounds(model, pass_, graphs, args)
+                rows.append(
+                    {
+                        "network": name,
+                        "pass": pass_,
+                        "mode": mode,
+                        "first_rounds_s": first,
+                        "median_s": statistics.median(later),
+                        "min_s": min(later),
+                        "max_s": max(later),
+                        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+                        "graphs_mib": graph_bytes() / 2**20,
+                    }
+                )
+                del model
+                free()
+    return rows
+
+
+def rounds(
+    model: nn.Module, pass_: str, graphs: int, args: argparse.Namespace
+) -> tuple[float, list[float]]:
+    """Seconds of all passes of the first two rounds, and of a pass in each later round."""
+    dtype = getattr(torch, args.dtype)
+    run = stepper(model, pass_, graphs, dtype)
+    seconds = []
+    for _ in range(2 + args.rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for hw in COCO:
+            run(images(2, *hw))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return sum(seconds[:2]), [s / len(COCO) for s in seconds[2:]]
+
+
+def stepper(model: nn.Module, pass_: str, graphs: int, dtype: torch.dtype) -> Any:
+    """A pass over given images."""
+    if pass_ == "inference":
+        net = (
+            accelerate(model, dtype, graphs) if isinstance(model, MambaVision) else model.to(dtype)
+        )
+        return lambda x: net(x.to(dtype))
+    if graphs:
+        model._graphs = TrainingGraphs(graphs)  # type: ignore[assignment]
+    parameters = list(model.parameters())
+
+    def step(x: torch.Tensor) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.autocast("cuda", dtype):
+            maps = model(x)
+        torch.autograd.backward(maps, [torch.ones_like(m) for m in maps])
+
+    return step
+
+
+def main() -> None:
+    """Measure, draw, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--runs", type=int, default=10, help="counted runs of a size")
+    parser.add_argument("--warmup", type=int, default=3, help="runs before them")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of varying shapes")
+    parser.add_argument("--parts", nargs="+", default=["varying", "growth"])
+    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device; benchmarks/backbone.py measures on a CPU")
+    facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
+    facts |= {"timm": timm.__version__, "commit": commit()}
+    if "varying" in args.parts:
+        facts["varying"] = varying(args)
+        for row in facts["varying"]:
+            print(
+                f"{len(COCO)} shapes in turn: {row['network']:12}{row['pass']:10} {row['mode']:7}"
+                f"{1e3 * row['median_s']:8.2f} ms, first two rounds {row['first_rounds_s']:.1f} s, peak {row['peak_mib']:.0f} MiB"
+                f" and {row['graphs_mib']:.0f} of graphs",
+                flush=True,
+            )
+    if "growth" in args.parts:
+        facts["growth"] = growth(args)
+        for row in facts["growth"]:
+            print(
+                f"{row['network']:12}{row['pass']:10} {row['batch']:3}×{row['side']}²"
+                f"{1e3 * row['median_s']:9.2f} ms {row['peak_mib']:7.0f} MiB"
+            )
+        draw(facts["growth"])
+    write(args.out or RESULTS / f"shapes_{args.dtype}.json", facts)
+
+
+if __name__ == "__main__":
+    main()
