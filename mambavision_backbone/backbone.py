@@ -246,3 +246,8 @@ def _init_module(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, MambaVisionMixer):
         module.reset_scan_parameters()  # after its linear layers: apply() visits children first
+    elif isinstance(module, TokenStage):
+        # Padded tokens are zeros. Were they zeros after the first norm too, all norms behind it
+        # would see hardly any variance, and multiply gradients by 300 each: beyond half precision.
+        first: Any = module.blocks[0]
+        trunc_normal_(first.norm1.bias, std=0.02)

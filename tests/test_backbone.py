@@ -296,3 +296,14 @@ def test_twenty_sizes_take_a_handful_of_compilations(
             for a, b in zip(model(x), plain(x), strict=True):
                 torch.testing.assert_close(a, b)
     assert 1 <= counter.frame_count <= 5
+
+
+def test_padding_does_not_blow_gradients_up() -> None:
+    norms = []
+    for mode in ("fit", "pad"):
+        torch.manual_seed(0)
+        model = MambaVision("T", window_size=(8, 8, 28, 14), window_mode=mode, drop_path_rate=0.0)
+        maps = model(torch.randn(1, 3, 96, 96))
+        grads = torch.autograd.grad([m.square().mean() for m in maps], list(model.parameters()))
+        norms.append(torch.stack([g.norm() for g in grads]).norm())
+    assert norms[1] < 2 * norms[0]
