@@ -209,8 +209,8 @@ def main() -> None:
         for row in facts["varying"]:
             print(
                 f"{len(COCO)} shapes in turn: {row['network']:12}{row['pass']:10} {row['mode']:7}"
-                f"{1e3 * row['median_s']:8.2f} ms, first two rounds {row['first_rounds_s']:.1f} s, peak {row['peak_mib']:.0f} MiB"
-                f" and {row['graphs_mib']:.0f} of graphs",
+                f"{1e3 * row['median_s']:8.2f} ms, first two rounds {row['first_rounds_s']:.1f} s,"
+                f" peak {row['peak_mib']:.0f} MiB and {row['graphs_mib']:.0f} of graphs",
                 flush=True,
             )
     if "growth" in args.parts:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_pretrained
 from .graphs import TrainingGraphs
+from .layers.blocks import TokenBlock
 from .layers.mixer import MambaVisionMixer
 from .layers.norms import build_out_norm
 from .layers.stage import ConvStage, TokenStage
@@ -246,8 +247,7 @@ def _init_module(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, MambaVisionMixer):
         module.reset_scan_parameters()  # after its linear layers: apply() visits children first
-    elif isinstance(module, TokenStage):
-        # Padded tokens are zeros. Were they zeros after the first norm too, all norms behind it
-        # would see hardly any variance, and multiply gradients by 300 each: beyond half precision.
-        first: Any = module.blocks[0]
-        trunc_normal_(first.norm1.bias, std=0.02)
+    elif isinstance(module, TokenBlock):
+        # Padded tokens are zeros. If norms kept them so, each would see no variance and multiply
+        # gradients by 300: beyond half precision. In all blocks, since drop path skips some.
+        trunc_normal_(module.norm1.bias, std=0.02)

@@ -234,14 +234,15 @@ def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[lis
 
 def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy in one launch what has the same strides, and the rest one by one."""
-    same: list[tuple[Tensor, Tensor]] = []
-    for a, b in zip(into, tensors, strict=True):
-        if a.stride() == b.stride():
-            same.append((a, b))
+    targets, sources = [], []
+    for target, source in zip(into, tensors, strict=True):
+        if target.stride() == source.stride():
+            targets.append(target)
+            sources.append(source)
         else:
-            a.copy_(b)
-    if same:
-        torch._foreach_copy_(*map(list, zip(*same, strict=True)))
+            target.copy_(source)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def _uncached_autocast() -> torch.autocast:

@@ -298,11 +298,15 @@ def test_twenty_sizes_take_a_handful_of_compilations(
     assert 1 <= counter.frame_count <= 5
 
 
-def test_padding_does_not_blow_gradients_up() -> None:
+@pytest.mark.parametrize("skip_first", [False, True], ids=["", "first block skipped"])
+def test_padding_does_not_blow_gradients_up(skip_first: bool) -> None:
     norms = []
     for mode in ("fit", "pad"):
         torch.manual_seed(0)
         model = MambaVision("T", window_size=(8, 8, 28, 14), window_mode=mode, drop_path_rate=0.0)
+        if skip_first:  # drop path does so
+            for level in model.levels[2:]:
+                level.blocks[0].drop_path_rate = 1 - 1e-6
         maps = model(torch.randn(1, 3, 96, 96))
         grads = torch.autograd.grad([m.square().mean() for m in maps], list(model.parameters()))
         norms.append(torch.stack([g.norm() for g in grads]).norm())
