@@ -18,6 +18,7 @@ from .ops.triton_support import traced
 logger = logging.getLogger("mambavision_backbone")
 
 Maps = tuple[Tensor, ...]
+MAX_CHANGES = 16  # of a network: whoever moves its weights at every step has no use for graphs
 
 
 class TrainingGraphs:
@@ -43,6 +44,7 @@ class TrainingGraphs:
         self._seen: set[Any] = set()
         self._passes: dict[Any, _Pass] = {}
         self._memory: _Memory | None = None
+        self._forgotten = 0
         self._under_way: Callable[[], _Ticket | None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,9 +59,8 @@ class TrainingGraphs:
         key = (x.shape, x.dtype, x.device, autocast)
         captured = self._passes.get(key)
         if captured is not None and not captured.holds():
-            # Weights were moved, frozen or replaced: all graphs are of the past.
-            captured, self._memory = None, None
-            self._passes.clear()
+            captured = None
+            self._forget()
         if captured is None:
             if len(self._passes) >= self.limit:
                 return forward(x)
@@ -77,6 +78,15 @@ class TrainingGraphs:
         self._under_way = weakref.ref(ticket)
         return _Replay.apply(captured, ticket, x, *captured.weights)
 
+    def _forget(self) -> None:
+        """Weights were moved, frozen or replaced: all graphs are of the past."""
+        self._passes.clear()
+        self._memory = None
+        self._forgotten += 1
+        if self._forgotten == MAX_CHANGES:
+            self.limit = 0
+            logger.warning("no more CUDA graphs: the network changed %d times", MAX_CHANGES)
+
     def buffers(self) -> list[Tensor]:
         """What is kept on the GPU beside the graphs' own memory, to pass tensors by."""
         return list(self._memory.buffers.values()) if self._memory else []
@@ -85,13 +95,12 @@ class TrainingGraphs:
         ticket = self._under_way()
         return (
             self.limit > 0
-            and x.is_cuda
+            and _capturable(x)
             and network.training
             and torch.is_grad_enabled()
             and not x.requires_grad
             and (ticket is None or ticket.used)
             and not traced()
-            and not torch.cuda.is_current_stream_capturing()
         )
 
 
@@ -130,6 +139,8 @@ class _Pass:
         self._state = self._current()
         if any(isinstance(m, SyncBatchNorm) for m in self._modules):
             raise RuntimeError("SyncBatchNorm talks to other processes")
+        if not self.weights:
+            raise RuntimeError("all weights are frozen")
         self.x = memory.buffer("x", torch.empty_like(x, memory_format=torch.channels_last))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.device(x.device), _other_leaves(network, self.weights) as leaves:
@@ -137,9 +148,11 @@ class _Pass:
                 maps = forward(self.x)
                 self._maps = [memory.buffer(("map", i), m.detach()) for i, m in enumerate(maps)]
                 _copy(self._maps, maps)
-            self._grad_maps = [memory.buffer(("grad", i), m) for i, m in enumerate(self._maps)]
+            self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
+            self._grad_maps = [memory.buffer(("grad", i), self._maps[i]) for i in self.trained]
             with self._capture(self._backward, memory):
-                grads = torch.autograd.grad(maps, leaves, self._grad_maps, allow_unused=True)
+                trained = [maps[i] for i in self.trained]
+                grads = torch.autograd.grad(trained, leaves, self._grad_maps, allow_unused=True)
                 self._grads = _Gradients(grads, self.weights, memory)
 
     @staticmethod
@@ -167,7 +180,7 @@ class _Pass:
 
     def backward(self, grad_maps: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the weights, in memory of their own."""
-        _copy(self._grad_maps, grad_maps)
+        _copy(self._grad_maps, [grad_maps[i] for i in self.trained])
         self._backward.replay()
         return self._grads.copies()
 
@@ -232,6 +245,10 @@ def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[lis
             parameters[name] = weight
 
 
+def _capturable(x: Tensor) -> bool:
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
 def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy in one launch what has the same strides, and the rest one by one."""
     targets, sources = [], []
@@ -259,7 +276,10 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, captured: _Pass, ticket: _Ticket, x: Tensor, *_weights: Tensor) -> Maps:
         ctx.captured, ctx.ticket = captured, ticket
-        return captured.forward(x)
+        maps = captured.forward(x)
+        frozen = [m for i, m in enumerate(maps) if i not in captured.trained]
+        ctx.mark_non_differentiable(*frozen)
+        return maps
 
     @staticmethod
     @once_differentiable
