@@ -161,6 +161,7 @@ def test_maps_are_the_callers(device: str, tiny_arch: dict[str, Any]) -> None:
         loss_of(graphed, images(A, seed), None).backward()
     kept = graphed(images(A, 1).to(device))
     before = [m.detach().clone() for m in kept]
+    graphed.zero_grad()
     sum(m.sum() for m in kept).backward()
     gradients = [p.grad for p in graphed.parameters()]
     values = [g.clone() for g in gradients]
