@@ -18,17 +18,18 @@ from .ops.triton_support import traced
 logger = logging.getLogger("mambavision_backbone")
 
 Maps = tuple[Tensor, ...]
-MAX_CHANGES = 16  # of a network: whoever moves its weights at every step has no use for graphs
+# So often graphs may be of use for less than so many passes: then the network changes all the time.
+MAX_SHORT_LIVES, SHORT_LIFE = 16, 10
 
 
 class TrainingGraphs:
-    """Runs a network forward and backward as CUDA graphs, bit for bit as without them.
+    """Runs a network forward and backward as CUDA graphs, with the results that it has without.
 
-    The first pass of an input shape runs as it is, the second is captured, all later ones are
-    replayed. A graph is for one shape exactly, so results do not depend on the shapes seen before.
-    All graphs share their memory: one pass is under way at a time, and a forward pass that comes
-    before the last one's backward pass runs without a graph. Hooks inside of the network are not
-    called by replays.
+    The first pass of an input shape runs as it is; once that was differentiated, the next one is
+    captured, and all later ones are replayed. A graph is for one shape exactly, so results do not
+    depend on the shapes seen before. All graphs share their memory: one pass is under way at a
+    time, on one stream, and a forward pass that comes before the last one's backward pass runs
+    without a graph. Replays do not call hooks inside of the network.
 
     Args:
         limit: the first so many shapes that come twice are captured, all others run as they are.
@@ -41,10 +42,12 @@ class TrainingGraphs:
         if limit < 0:
             raise ValueError(f"graphs must not be negative, got {limit}")
         self.limit = limit
+        self._stopped = False  # capturing
+        self._replays = 0  # since the network changed
+        self._short_lives = 0
         self._seen: set[Any] = set()
         self._passes: dict[Any, _Pass] = {}
         self._memory: _Memory | None = None
-        self._forgotten = 0
         self._under_way: Callable[[], _Ticket | None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,56 +55,90 @@ class TrainingGraphs:
         return TrainingGraphs, (self.limit,)
 
     def run(self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor) -> Maps:
-        """``forward(x)`` with gradients of the network's parameters; x gets none."""
+        """``forward(x)``, by a graph where that can be: in training, of an x without gradients.
+
+        Raises:
+            RuntimeError: the pass cannot be captured; the message says why.
+        """
         if not self._applies(network, x):
             return forward(x)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = (x.shape, x.dtype, x.device, autocast)
+        key = (x.shape, x.dtype, autocast)
         captured = self._passes.get(key)
-        if captured is not None and not captured.holds():
-            captured = None
+        moved = self._memory is not None and self._memory.device != x.device
+        if moved or (captured is not None and not captured.holds(network)):
             self._forget()
+            captured = None
+        room = len(self._passes) < self.limit and not self._stopped
+        if captured is None and room and key in self._seen:
+            captured = self._capture(key, forward, network, x)
         if captured is None:
-            if len(self._passes) >= self.limit:
-                return forward(x)
-            if key not in self._seen:
-                self._seen.add(key)
-                return forward(x)
-            self._memory = self._memory or _Memory(x.device)
-            try:
-                captured = self._passes[key] = _Pass(forward, network, x, self._memory)
-            except RuntimeError as error:
-                self.limit = len(self._passes)
-                logger.warning("no more CUDA graphs, going on without: %s", error)
-                return forward(x)
+            return self._watched(forward(x), key)
+        self._replays += 1
         ticket = _Ticket()
         self._under_way = weakref.ref(ticket)
         return _Replay.apply(captured, ticket, x, *captured.weights)
-
-    def _forget(self) -> None:
-        """Weights were moved, frozen or replaced: all graphs are of the past."""
-        self._passes.clear()
-        self._memory = None
-        self._forgotten += 1
-        if self._forgotten == MAX_CHANGES:
-            self.limit = 0
-            logger.warning("no more CUDA graphs: the network changed %d times", MAX_CHANGES)
 
     def buffers(self) -> list[Tensor]:
         """What is kept on the GPU beside the graphs' own memory, to pass tensors by."""
         return list(self._memory.buffers.values()) if self._memory else []
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
+        if traced() or not (self.limit and network.training and _capturable(x)):
+            return False
+        if self._stopped and not self._passes:
+            return False
         ticket = self._under_way()
         return (
-            self.limit > 0
-            and _capturable(x)
-            and network.training
+            (ticket is None or ticket.used)
             and torch.is_grad_enabled()
+            and not torch.is_anomaly_enabled()  # it looks at values, which a capture has not
             and not x.requires_grad
-            and (ticket is None or ticket.used)
-            and not traced()
+            and any(p.requires_grad for p in network.parameters())
         )
+
+    def _watched(self, maps: Maps, key: Any) -> Maps:
+        """The maps; when they are differentiated, the shape's kernels are known and compiled."""
+        for trained in [m for m in maps if m.requires_grad][:1]:
+            trained.register_hook(lambda _: self._seen.add(key))
+        return maps
+
+    def _capture(
+        self, key: Any, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor
+    ) -> _Pass | None:
+        if any(isinstance(m, SyncBatchNorm) for m in network.modules()):
+            self._stop("SyncBatchNorm talks to other processes")
+            return None
+        self._memory = self._memory or _Memory(x.device)
+        try:
+            self._passes[key] = _Pass(forward, network, x, self._memory)
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error)
+        except RuntimeError as error:  # CUDA is in the middle of a capture: there is no going on
+            raise RuntimeError(
+                f"a training pass cannot be captured as a CUDA graph, set graphs=0: {error}"
+            ) from error
+        else:
+            return self._passes[key]
+        self._stop(reason)
+        return None
+
+    def _stop(self, reason: str) -> None:
+        """Capture no more; what was captured stays."""
+        self._stopped = True
+        if not self._passes:
+            self._memory = None
+        logger.warning("no more CUDA graphs, going on without: %s", reason)
+
+    def _forget(self) -> None:
+        """Weights were moved, frozen or replaced: all graphs are of the past."""
+        self._passes.clear()
+        self._seen.clear()
+        self._memory = None
+        self._short_lives += self._replays < SHORT_LIFE
+        self._replays = 0
+        if self._short_lives == MAX_SHORT_LIVES:
+            self._stop("the network changes all the time")
 
 
 class _Ticket:
@@ -114,6 +151,7 @@ class _Memory:
     """What all graphs use: their pool, a stream to capture on, and buffers to pass tensors by."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.buffers: dict[Any, Tensor] = {}
@@ -122,9 +160,23 @@ class _Memory:
         """A tensor of like's shape, strides and dtype in the memory of its role."""
         memory = self.buffers.get(role)
         if memory is None or memory.nbytes < like.nbytes:
-            memory = torch.empty(like.nbytes, dtype=torch.uint8, device=like.device)
+            memory = torch.empty(like.nbytes, dtype=torch.uint8, device=self.device)
             self.buffers[role] = memory  # graphs that use the old one keep it
         return memory[: like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
+
+    @contextmanager
+    def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Capture what is run inside, under autocast without weights that were cast before."""
+        autocast = torch.autocast(
+            "cuda",
+            torch.get_autocast_dtype("cuda"),
+            enabled=torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        )
+        # thread_local: other threads, say a loader's that pins memory, may go on
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode), autocast:
+            yield
 
 
 class _Pass:
@@ -134,43 +186,26 @@ class _Pass:
         self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor, memory: _Memory
     ) -> None:
         self.weights = [p for p in network.parameters() if p.requires_grad]
-        self._modules = list(network.modules())
-        self._tensors = [*network.parameters(), *network.buffers()]
-        self._state = self._current()
-        if any(isinstance(m, SyncBatchNorm) for m in self._modules):
-            raise RuntimeError("SyncBatchNorm talks to other processes")
-        if not self.weights:
-            raise RuntimeError("all weights are frozen")
-        self.x = memory.buffer("x", torch.empty_like(x, memory_format=torch.channels_last))
+        self._state = _state_of(network)
+        like_x = torch.empty_like(x, device="meta", memory_format=torch.channels_last)
+        self.x = memory.buffer("x", like_x)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.device(x.device), _other_leaves(network, self.weights) as leaves:
-            with self._capture(self._forward, memory), _uncached_autocast():
+            with memory.capture(self._forward):
                 maps = forward(self.x)
-                self._maps = [memory.buffer(("map", i), m.detach()) for i, m in enumerate(maps)]
-                _copy(self._maps, maps)
+                values = [m.detach() for m in maps]
+                self._maps = [memory.buffer(("map", i), m) for i, m in enumerate(values)]
+                _copy(self._maps, values)
             self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
             self._grad_maps = [memory.buffer(("grad", i), self._maps[i]) for i in self.trained]
-            with self._capture(self._backward, memory):
+            with torch.autocast("cuda", enabled=False), memory.capture(self._backward):
                 trained = [maps[i] for i in self.trained]
                 grads = torch.autograd.grad(trained, leaves, self._grad_maps, allow_unused=True)
                 self._grads = _Gradients(grads, self.weights, memory)
 
-    @staticmethod
-    def _capture(graph: torch.cuda.CUDAGraph, memory: _Memory) -> torch.cuda.graph:
-        # thread_local: other threads, say a loader's that pins memory, may go on
-        return torch.cuda.graph(
-            graph, memory.pool, memory.stream, capture_error_mode="thread_local"
-        )
-
-    def _current(self) -> list[Any]:
-        return [
-            *((t.data_ptr(), t.requires_grad) for t in self._tensors),
-            *(m.training for m in self._modules),
-        ]
-
-    def holds(self) -> bool:
+    def holds(self, network: nn.Module) -> bool:
         """Whether the network is as it was when it was captured."""
-        return self._current() == self._state
+        return _state_of(network) == self._state
 
     def forward(self, x: Tensor) -> Maps:
         """Maps of x, in memory of their own."""
@@ -183,6 +218,31 @@ class _Pass:
         _copy(self._grad_maps, [grad_maps[i] for i in self.trained])
         self._backward.replay()
         return self._grads.copies()
+
+
+class _Same:
+    """Equal to itself only; keeps what it stands for, so that nothing else gets its address."""
+
+    def __init__(self, what: object) -> None:
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.what is other.what
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state_of(network: nn.Module) -> list[Any]:
+    """What a captured pass depends on: the modules with their settings, tensors and addresses."""
+    state: list[Any] = []
+    for module in network.modules():
+        rate, momentum = (getattr(module, n, None) for n in ("drop_path_rate", "momentum"))
+        state.append((_Same(module), module.training, rate, momentum))
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    state.append((_Same(tensor), tensor.data_ptr(), tensor.requires_grad))
+    return state
 
 
 class _Gradients:
@@ -201,11 +261,10 @@ class _Gradients:
                 continue
             start = lengths.get(weight.dtype, 0)
             lengths[weight.dtype] = start - (-weight.numel() // self.ALIGNMENT) * self.ALIGNMENT
-            shape = weight.shape, torch.empty_like(weight).stride()
-            self._places.append((weight.dtype, *shape, start))
-        device = weights[0].device
+            like = torch.empty_like(weight, device="meta")
+            self._places.append((weight.dtype, like.shape, like.stride(), start))
         self._all = {
-            dtype: memory.buffer(("weights", dtype), torch.empty(n, dtype=dtype, device=device))
+            dtype: memory.buffer(("weights", dtype), torch.empty(n, dtype=dtype, device="meta"))
             for dtype, n in lengths.items()
         }
         into = [view for view in self._views(self._all) if view is not None]
@@ -260,16 +319,6 @@ def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
             target.copy_(source)
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _uncached_autocast() -> torch.autocast:
-    """Autocast as it is, but without weights that were cast before the capture."""
-    return torch.autocast(
-        "cuda",
-        torch.get_autocast_dtype("cuda"),
-        enabled=torch.is_autocast_enabled("cuda"),
-        cache_enabled=False,
-    )
 
 
 class _Replay(torch.autograd.Function):

@@ -116,15 +116,23 @@ class FastBackbone(nn.Module):
             if key not in self._seen:
                 self._seen.add(key)
                 return self.net(x)
-            try:
-                graph = self._graphs[key] = self._capture(x)
-            except RuntimeError as error:
-                self.max_graphs = len(self._graphs)
-                logger.warning("no more CUDA graphs, going on without: %s", error)
+            graph = self._try_capture(x)
+            if graph is None:
                 return self.net(x)
+            self._graphs[key] = graph
         graph.x.copy_(x)
         graph.graph.replay()
         return tuple(out.clone() for out in graph.outs)
+
+    def _try_capture(self, x: Tensor) -> _Graph | None:
+        current = torch.cuda.current_stream(x.device)
+        try:
+            return self._capture(x)
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # an invalid capture does not give it back
+            self.max_graphs = len(self._graphs)
+            logger.warning("no more CUDA graphs, going on without: %s", error)
+            return None
 
     def _capture(self, x: Tensor) -> _Graph:
         static = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

@@ -143,15 +143,17 @@ def test_passes_that_overlap_and_gradients_that_add_up(
         for a, b in zip(*(m.parameters() for m in models), strict=True):
             # A weight used twice gets the four terms of its gradient in another order.
             assert relative_error(a.grad, b.grad) < 1e-6
+    values: list[list[Tensor]] = []
     for model in models:
         model.zero_grad()
         loss_of(model, images(A, 7), torch.float16)  # never differentiated
-        maps = [m.clone() for m in model(images(A, 8).to(device))]
-        loss_of(model, images(A, 9), torch.float16).backward()
         kept = model(images(A, 8).to(device))
+        values.append([m.detach().clone() for m in kept])
+        loss_of(model, images(A, 9), torch.float16).backward()  # while another pass is under way
         loss_of(model.eval(), images(A, 9), torch.float16).backward()
         model.train()
-        assert all(m.isfinite().all() for m in (*maps, *kept))
+        assert all(torch.equal(a, b) for a, b in zip(kept, values[-1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
     assert same(*models)
 
 
@@ -174,8 +176,8 @@ def test_maps_are_the_callers(device: str, tiny_arch: dict[str, Any]) -> None:
 def test_changes_of_the_network_are_noticed(device: str, tiny_arch: dict[str, Any]) -> None:
     models = pair(tiny_arch, 2, device)
 
-    def steps(number: int = 3) -> None:
-        for step in range(number):
+    def steps() -> None:
+        for step in range(3):
             for model in models:
                 model.zero_grad()
                 loss_of(model, images(A, step), torch.float16).backward()
@@ -198,10 +200,73 @@ def test_changes_of_the_network_are_noticed(device: str, tiny_arch: dict[str, An
         model.outnorm3.requires_grad_(True)  # one map has gradients
     steps()
     assert len(models[0]._graphs._passes) == 1
-    for _ in range(20):
-        moved(models[0])
-        steps(1)
-    assert models[0]._graphs.limit == 0
+
+
+def test_replaced_tensors_and_modules_are_noticed(device: str, tiny_arch: dict[str, Any]) -> None:
+    models = pair(tiny_arch, 2, device)
+
+    def steps() -> None:
+        for step in range(3):
+            for model in models:
+                model.zero_grad()
+                loss_of(model, images(A, step), torch.float16).backward()
+            assert same(*models)
+        assert models[0]._graphs._passes
+
+    steps()
+    for model in models:
+        state = {k: 0.5 * v for k, v in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    steps()
+    for model in models:
+        fc1 = model.levels[2].blocks[0].mlp.fc1
+        fc1.weight = nn.Parameter(2 * fc1.weight.detach())
+    steps()
+    for model in models:
+        norm = model.levels[1].blocks[0].norm1
+        model.levels[1].blocks[0].norm1 = copy.deepcopy(norm)
+        norm = model.levels[0].blocks[0].norm1
+        norm.running_mean = norm.running_mean + 1
+        norm.momentum = 0.3
+    steps()
+    for model in models:
+        model.requires_grad_(False)
+    assert not models[0](images(A, 0).to(device))[0].requires_grad
+    for model in models:
+        model.requires_grad_(True)
+    models[1](images(A, 0).to(device))  # statistics
+    steps()
+
+
+def test_networks_that_change_all_the_time_run_as_they_are(
+    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = pair(tiny_arch, 2, device)
+    for _ in range(17):
+        for step in range(3):
+            loss_of(model, images(A, step), torch.float16).backward()
+        moved(model)
+    assert caplog.text.count("the network changes all the time") == 1
+    assert not model._graphs._passes
+
+
+def test_copies_of_a_network_that_was_captured(device: str, tiny_arch: dict[str, Any]) -> None:
+    graphed, model = pair(tiny_arch, 2, device)
+    for step in range(3):
+        for m in (graphed, model):
+            loss_of(m, images(A, step), torch.float16).backward()
+    copied = copy.deepcopy(graphed)
+    assert not copied._graphs._passes
+    for step in range(6):
+        for m in (graphed, copied, model):
+            m.zero_grad()
+            loss_of(m, images(A, step), torch.float16).backward()
+            m.eval()  # validation in between
+            with torch.no_grad():
+                m(images(A, step).to(device))
+            m.train()
+        assert same(graphed, model)
+        assert same(copied, model)
 
 
 def test_drop_path_is_drawn_anew(device: str, tiny_arch: dict[str, Any]) -> None:
