@@ -187,6 +187,8 @@ class _Pass:
     ) -> None:
         self.weights = [p for p in network.parameters() if p.requires_grad]
         self._state = _state_of(network)
+        # Kept, so that nothing else gets their identity.
+        self._known = [*network.modules(), *network.parameters(), *network.buffers()]
         like_x = torch.empty_like(x, device="meta", memory_format=torch.channels_last)
         self.x = memory.buffer("x", like_x)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -220,28 +222,16 @@ class _Pass:
         return self._grads.copies()
 
 
-class _Same:
-    """Equal to itself only; keeps what it stands for, so that nothing else gets its address."""
-
-    def __init__(self, what: object) -> None:
-        self.what = what
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.what is other.what
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def _state_of(network: nn.Module) -> list[Any]:
     """What a captured pass depends on: the modules with their settings, tensors and addresses."""
     state: list[Any] = []
     for module in network.modules():
-        rate, momentum = (getattr(module, n, None) for n in ("drop_path_rate", "momentum"))
-        state.append((_Same(module), module.training, rate, momentum))
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    state.append((_Same(tensor), tensor.data_ptr(), tensor.requires_grad))
+        own = module.__dict__
+        rate, momentum = own.get("drop_path_rate"), own.get("momentum")
+        state.append((id(module), module.training, rate, momentum))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                state.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
     return state
 
 
