@@ -35,6 +35,17 @@ def test_value_and_gradients(shape: tuple[int, int, int], monkeypatch: pytest.Mo
         assert relative_error(a, b) < 1e-5, i
 
 
+def test_inference_gives_the_same_and_keeps_its_input() -> None:
+    x = torch.randn(2, 7, 8)
+    for fc1 in (torch.nn.Linear(8, 8), torch.nn.Identity()):  # one that returns its input itself
+        layer = Mlp(8, 8).eval()
+        layer.fc1 = fc1
+        before = x.clone()
+        with torch.no_grad():
+            assert torch.equal(mlp(x, layer), layer(x))
+        assert torch.equal(x, before)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_error_is_that_of_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
