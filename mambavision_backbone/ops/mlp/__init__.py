@@ -14,6 +14,7 @@ def mlp(x: Tensor, layer: Mlp) -> Tensor:
 
     In training on a GPU the hidden tokens, the largest of a block, are computed again in the
     backward pass: a fifth more products for a fifth to a quarter less memory of the whole network.
+    In inference GELU overwrites them.
     """
     fc1, fc2 = layer.fc1, layer.fc2
     if not type(fc1) is type(fc2) is nn.Linear or traced():
