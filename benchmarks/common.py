@@ -41,6 +41,12 @@ def graph_bytes() -> int:
     return sum(s["total_size"] - s["allocated_size"] for s in own)
 
 
+def read_logs(folder: Path) -> list[dict[str, Any]]:
+    """All that a training has logged, oldest first; an interrupted one has several logs."""
+    logs = sorted(folder.glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+
+
 def show(message: str) -> None:
     """One progress line on a terminal, nothing elsewhere."""
     if sys.stderr.isatty():

@@ -45,15 +45,15 @@ TASKS = {  # name: (library, config, images of a training iteration, their heigh
     "detection": ("mmdet", "mmdet_configs/cascade_mambavision_t_fit.py", 2, (800, 1344)),
     "segmentation": ("mmseg", "mmseg_configs/upernet_mambavision_t_fit.py", 8, (512, 512)),
 }
+GRAPHED = "T fit, graphs"
 NETWORKS: dict[str, dict[str, Any]] = {  # what differs from the config's backbone
     "T fit": {},
-    "T fit, graphs": {"graphs": 8},
+    GRAPHED: {"graphs": 8},
     "T pad": {"window_mode": "pad"},
     "T fit, with_cp": {"with_cp": True},
     "ResNet-50": {"_delete_": True, "type": "ResNet", "depth": 50},
     "Swin-T": {"_delete_": True, "type": "SwinTransformer", "drop_path_rate": 0.2},
 }
-GRAPHED = "T fit, graphs"
 CHANNELS = {"ResNet-50": [256, 512, 1024, 2048], "Swin-T": [96, 192, 384, 768]}
 FROZEN = {"frozen_stages": 1, "norm_eval": True}  # in mmdet's ResNets, not in mmseg's
 MODES = ["training", "inference"]

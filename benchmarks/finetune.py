@@ -13,13 +13,12 @@ Takes about 40 minutes on two CPU cores.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, commit, device_name, write
+from common import RESULTS, commit, device_name, read_logs, write
 
 ROOT = Path(__file__).resolve().parent.parent
 DETECTOR = ROOT / "mmdet_configs/cascade_mambavision_demo.py"
@@ -65,10 +64,7 @@ def detect(
             *["--work-dir", folder, "--resume", "--cfg-options", f"randomness.seed={seed}"],
             *[f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}", *own, *options],
         )
-    rows = []
-    for log in sorted(folder.glob("*/vis_data/scalars.json")):
-        rows += [json.loads(line) for line in log.read_text().splitlines()]
-    last = [row for row in rows if "coco/bbox_mAP" in row][-1]
+    last = [row for row in read_logs(folder) if "coco/bbox_mAP" in row][-1]
     return {"box": last["coco/bbox_mAP"], "mask": last["coco/segm_mAP"]}
 
 

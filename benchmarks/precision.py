@@ -13,7 +13,6 @@ hour for all at once on one GPU and 16 cores. What was interrupted goes on when 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from common import RESULTS, commit, device_name, write
+from common import RESULTS, commit, device_name, read_logs, write
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -80,9 +79,7 @@ def start(task: str, name: str, work: Path, data: Path, options: list[str]) -> A
 
 def read(folder: Path) -> dict[str, Any]:
     """The losses of a run by iteration, and what was measured on held-out images at the end."""
-    rows = []
-    for log in sorted(folder.glob("*/vis_data/scalars.json")):  # more than one if interrupted
-        rows += [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_logs(folder)
     losses = sorted({row["step"]: row["loss"] for row in rows if "loss" in row}.items())
     metrics = [row for row in rows if any(k.startswith("coco/") or k == "mIoU" for k in row)]
     last = metrics[-1] if metrics else {}

@@ -108,6 +108,16 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
+def check_steps(models: tuple[MambaVision, MambaVision]) -> None:
+    """Three steps of both: eager, captured and replayed if the network is new or changed."""
+    for step in range(3):
+        for model in models:
+            model.zero_grad()
+            loss_of(model, images(A, step), torch.float16).backward()
+        assert same(*models)
+    assert models[0]._graphs._passes
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_training_is_the_same(
@@ -176,66 +186,51 @@ def test_maps_are_the_callers(device: str, tiny_arch: dict[str, Any]) -> None:
 def test_changes_of_the_network_are_noticed(device: str, tiny_arch: dict[str, Any]) -> None:
     models = pair(tiny_arch, 2, device)
 
-    def steps() -> None:
-        for step in range(3):
-            for model in models:
-                model.zero_grad()
-                loss_of(model, images(A, step), torch.float16).backward()
-            assert same(*models)
-
-    steps()
+    check_steps(models)
     for model in models:
         model.levels[0].requires_grad_(False)
-    steps()
+    check_steps(models)
     for model in models:
         model.patch_embed.eval()
-    steps()
+    check_steps(models)
     for model in models:
         moved(model)
         model.load_state_dict({k: 0.5 * v for k, v in model.state_dict().items()})
-    steps()
+    check_steps(models)
     assert len(models[0]._graphs._passes) == 1
     for model in models:
         model.requires_grad_(False)
         model.outnorm3.requires_grad_(True)  # one map has gradients
-    steps()
+    check_steps(models)
     assert len(models[0]._graphs._passes) == 1
 
 
 def test_replaced_tensors_and_modules_are_noticed(device: str, tiny_arch: dict[str, Any]) -> None:
     models = pair(tiny_arch, 2, device)
 
-    def steps() -> None:
-        for step in range(3):
-            for model in models:
-                model.zero_grad()
-                loss_of(model, images(A, step), torch.float16).backward()
-            assert same(*models)
-        assert models[0]._graphs._passes
-
-    steps()
+    check_steps(models)
     for model in models:
         state = {k: 0.5 * v for k, v in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
-    steps()
+    check_steps(models)
     for model in models:
         fc1 = model.levels[2].blocks[0].mlp.fc1
         fc1.weight = nn.Parameter(2 * fc1.weight.detach())
-    steps()
+    check_steps(models)
     for model in models:
         norm = model.levels[1].blocks[0].norm1
         model.levels[1].blocks[0].norm1 = copy.deepcopy(norm)
         norm = model.levels[0].blocks[0].norm1
         norm.running_mean = norm.running_mean + 1
         norm.momentum = 0.3
-    steps()
+    check_steps(models)
     for model in models:
         model.requires_grad_(False)
     assert not models[0](images(A, 0).to(device))[0].requires_grad
     for model in models:
         model.requires_grad_(True)
     models[1](images(A, 0).to(device))  # statistics
-    steps()
+    check_steps(models)
 
 
 def test_networks_that_change_all_the_time_run_as_they_are(
@@ -302,10 +297,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
 
 
 def test_nothing_changes_on_a_cpu(tiny_arch: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    model = MambaVision(tiny_arch, drop_path_rate=0.0)
-    graphed = MambaVision(tiny_arch, drop_path_rate=0.0, graphs=2)
-    graphed.load_state_dict(model.state_dict())
+    graphed, model = pair(tiny_arch, 2, "cpu")
     x = torch.randn(1, 3, 64, 64)
     for _ in range(3):
         for a, b in zip(graphed(x), model(x), strict=True):

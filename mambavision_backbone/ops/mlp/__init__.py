@@ -17,12 +17,13 @@ def mlp(x: Tensor, layer: Mlp) -> Tensor:
     In inference GELU overwrites them.
     """
     fc1, fc2 = layer.fc1, layer.fc2
-    if not type(fc1) is type(fc2) is nn.Linear or traced():
+    if not type(fc1) is type(fc2) is nn.Linear:
         return layer(x)
-    if not (torch.is_grad_enabled() or layer.training):
-        return fc2(torch.ops.aten.gelu_(fc1(x)))  # the hidden tokens need no second memory
-    if torch.is_grad_enabled() and fusible(x):
-        from .launch import MlpFunction
+    if torch.is_grad_enabled():
+        if fusible(x):
+            from .launch import MlpFunction
 
-        return MlpFunction.apply(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return MlpFunction.apply(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    elif not (layer.training or traced()):
+        return fc2(torch.ops.aten.gelu_(fc1(x)))  # the hidden tokens need no second memory
     return layer(x)
