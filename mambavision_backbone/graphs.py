@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
+from .capture import GraphMemory, unowned
 from .ops.triton_support import traced
 
 logger = logging.getLogger("mambavision_backbone")
@@ -47,7 +48,7 @@ class TrainingGraphs:
         self._short_lives = 0
         self._seen: set[Any] = set()
         self._passes: dict[Any, _Pass] = {}
-        self._memory: _Memory | None = None
+        self._memory: GraphMemory | None = None
         self._under_way: Callable[[], _Ticket | None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,7 +110,7 @@ class TrainingGraphs:
         if any(isinstance(m, SyncBatchNorm) for m in network.modules()):
             self._stop("SyncBatchNorm talks to other processes")
             return None
-        self._memory = self._memory or _Memory(x.device)
+        self._memory = self._memory or GraphMemory(x.device)
         try:
             self._passes[key] = _Pass(forward, network, x, self._memory)
         except torch.cuda.OutOfMemoryError as error:
@@ -147,63 +148,34 @@ class _Ticket:
     used = False
 
 
-class _Memory:
-    """What all graphs use: their pool, a stream to capture on, and buffers to pass tensors by."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
-        self.buffers: dict[Any, Tensor] = {}
-
-    def buffer(self, role: Any, like: Tensor) -> Tensor:
-        """A tensor of like's shape, strides and dtype in the memory of its role."""
-        memory = self.buffers.get(role)
-        if memory is None or memory.nbytes < like.nbytes:
-            memory = torch.empty(like.nbytes, dtype=torch.uint8, device=self.device)
-            self.buffers[role] = memory  # graphs that use the old one keep it
-        return memory[: like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
-
-    @contextmanager
-    def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Capture what is run inside, under autocast without weights that were cast before."""
-        autocast = torch.autocast(
-            "cuda",
-            torch.get_autocast_dtype("cuda"),
-            enabled=torch.is_autocast_enabled("cuda"),
-            cache_enabled=False,
-        )
-        # thread_local: other threads, say a loader's that pins memory, may go on
-        mode = "thread_local"
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode), autocast:
-            yield
-
-
 class _Pass:
     """The graphs of one input shape, with the tensors that they read and write."""
 
     def __init__(
-        self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor, memory: _Memory
+        self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor, memory: GraphMemory
     ) -> None:
         self.weights = [p for p in network.parameters() if p.requires_grad]
         self._state = _state_of(network)
-        # Kept, so that nothing else gets their identity.
-        self._known = [*network.modules(), *network.parameters(), *network.buffers()]
-        like_x = torch.empty_like(x, device="meta", memory_format=torch.channels_last)
-        self.x = memory.buffer("x", like_x)
+        # Kept, so that nothing else gets their identity; the network, which keeps this, is not.
+        modules = [module for module in network.modules() if module is not network]
+        self._known = [*modules, *network.parameters(), *network.buffers()]
+        self.x = memory.buffer("x", _like_input(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(x.device), _other_leaves(network, self.weights) as leaves:
-            with memory.capture(self._forward):
+        with _other_leaves(network, self.weights) as leaves:
+            with memory.capture(self._forward), _autocast():
                 maps = forward(self.x)
                 values = [m.detach() for m in maps]
                 self._maps = [memory.buffer(("map", i), m) for i, m in enumerate(values)]
                 _copy(self._maps, values)
             self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
-            self._grad_maps = [memory.buffer(("grad", i), self._maps[i]) for i in self.trained]
+            # Maps were copied away when their gradients come, to the same place.
+            self._grad_maps = [self._maps[i] for i in self.trained]
             with torch.autocast("cuda", enabled=False), memory.capture(self._backward):
                 trained = [maps[i] for i in self.trained]
-                grads = torch.autograd.grad(trained, leaves, self._grad_maps, allow_unused=True)
-                self._grads = _Gradients(grads, self.weights, memory)
+                given = torch.autograd.grad(trained, leaves, self._grad_maps, allow_unused=True)
+                pairs = zip(given, self.weights, strict=True)
+                grads = [_laid_out_as(grad, weight) for grad, weight in pairs]
+        self._grads = _Gradients(grads)
 
     def holds(self, network: nn.Module) -> bool:
         """Whether the network is as it was when it was captured."""
@@ -236,39 +208,34 @@ def _state_of(network: nn.Module) -> list[Any]:
 
 
 class _Gradients:
-    """Gradients side by side in one tensor, or one for each dtype: one launch copies them."""
+    """The gradients that a graph leaves in the pool."""
 
     ALIGNMENT = 128  # elements
 
-    def __init__(
-        self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], memory: _Memory
-    ) -> None:
-        lengths: dict[torch.dtype, int] = {}
+    def __init__(self, grads: Sequence[Tensor | None]) -> None:
+        self._lengths: dict[torch.dtype, int] = {}
         self._places: list[Any] = []  # dtype, shape, strides and offset; None without a gradient
-        for grad, weight in zip(grads, weights, strict=True):
+        self._grads: list[Tensor] = []
+        for grad in grads:
             if grad is None:
                 self._places.append(None)
                 continue
-            start = lengths.get(weight.dtype, 0)
-            lengths[weight.dtype] = start - (-weight.numel() // self.ALIGNMENT) * self.ALIGNMENT
-            like = torch.empty_like(weight, device="meta")
-            self._places.append((weight.dtype, like.shape, like.stride(), start))
-        self._all = {
-            dtype: memory.buffer(("weights", dtype), torch.empty(n, dtype=dtype, device="meta"))
-            for dtype, n in lengths.items()
-        }
-        into = [view for view in self._views(self._all) if view is not None]
-        _copy(into, [grad for grad in grads if grad is not None])
+            self._grads.append(unowned(grad))
+            start = self._lengths.get(grad.dtype, 0)
+            self._places.append((grad.dtype, grad.shape, grad.stride(), start))
+            length = -(-grad.numel() // self.ALIGNMENT) * self.ALIGNMENT
+            self._lengths[grad.dtype] = start + length
 
     def copies(self) -> list[Tensor | None]:
-        """The gradients in memory of their own."""
-        return self._views({dtype: memory.clone() for dtype, memory in self._all.items()})
-
-    def _views(self, memory: dict[torch.dtype, Tensor]) -> list[Tensor | None]:
-        return [
+        """The gradients in memory of their own: one tensor of a dtype, so few launches."""
+        device = self._grads[0].device
+        memory = {d: torch.empty(n, dtype=d, device=device) for d, n in self._lengths.items()}
+        views = [
             place and memory[place[0]].as_strided(place[1], place[2], place[3])
             for place in self._places
         ]
+        torch._foreach_copy_([view for view in views if view is not None], self._grads)
+        return views
 
 
 @contextmanager
@@ -292,6 +259,29 @@ def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[lis
     finally:
         for parameters, name, weight in slots:
             parameters[name] = weight
+
+
+def _laid_out_as(grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    """A gradient with its weight's strides, as optimizers expect it."""
+    like = torch.empty_like(weight, device="meta")
+    if grad is None or grad.stride() == like.stride():
+        return grad
+    return torch.empty_like(weight).copy_(grad)
+
+
+def _like_input(x: Tensor) -> Tensor:
+    """What the first convolution reads: under autocast half as much."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cuda")
+    return torch.empty_like(x, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _autocast() -> torch.autocast:
+    """Autocast as it is, but without weights that were cast before."""
+    enabled = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
 
 
 def _capturable(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .backbone import MambaVision
+from .capture import GraphMemory, unowned
 from .layers.blocks import ConvBlock
 from .layers.stem import PatchEmbed
 from .ops.bias_act import bias_act
@@ -60,7 +61,8 @@ class FastBackbone(nn.Module):
     from then on. A graph is for one shape exactly: shapes are not padded further than the model's
     data preprocessor does (to multiples of 32 in mmdet, some forty shapes in COCO), so results do
     not depend on which shapes were seen before. The first ``graphs`` shapes to come twice are
-    captured, all others run as they are; hence the memory that graphs take is bounded.
+    captured, all others run as they are. All graphs share their memory, which is what the largest
+    shape takes: one pass is under way at a time, on one stream.
 
     Args:
         backbone: the network; it is not changed.
@@ -92,6 +94,7 @@ class FastBackbone(nn.Module):
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._memory: GraphMemory | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -135,30 +138,29 @@ class FastBackbone(nn.Module):
             return None
 
     def _capture(self, x: Tensor) -> _Graph:
-        static = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        stream = torch.cuda.Stream(x.device)
+        self._memory = self._memory or GraphMemory(x.device)
+        like_x = torch.empty_like(x, device="meta", memory_format=torch.channels_last)
+        static = self._memory.buffer("x", like_x)
+        stream = self._memory.stream
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.device(x.device), torch.cuda.stream(stream):
-            self.net(static)  # libraries choose their algorithms and allocate workspaces
+            self.net(static.copy_(x))  # libraries choose algorithms and allocate workspaces
         torch.cuda.current_stream(x.device).wait_stream(stream)
-        # thread_local: other threads, say a loader's that pins memory, may go on
-        capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
-        with torch.cuda.device(x.device), capture:
+        graph = torch.cuda.CUDAGraph()
+        with self._memory.capture(graph):
             outs = self.net(static)
-        return _Graph(graph, static, outs)
+        return _Graph(graph, static, tuple(unowned(out) for out in outs))
 
     def _apply(self, *args: Any, **kwargs: Any) -> FastBackbone:
         """Move or cast; the graphs are of the old weights."""
-        self._graphs, self._seen = {}, set()
+        self._graphs, self._seen, self._memory = {}, set(), None
         super()._apply(*args, **kwargs)
         self.dtype = next(self.net.parameters()).dtype
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave graphs out of copies."""
-        return {**super().__getstate__(), "_graphs": {}, "_seen": set()}
+        return {**super().__getstate__(), "_graphs": {}, "_seen": set(), "_memory": None}
 
 
 class _Graph(NamedTuple):
