@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear import linear
+from ..ops.linear import linear, product
 from .windows import Crop
 
 
@@ -24,8 +24,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
-        """Attend within each window; with ``keep``, compute the output of the kept tokens only."""
+    def forward(self, x: Tensor, keep: Crop | None = None) -> tuple[Tensor, Tensor | None]:
+        """Attend within each window; with ``keep``, compute the output of the kept tokens only.
+
+        Returns:
+            The tokens, and a bias to be added to them, or None.
+        """
         if keep is None:
             q, k, v = linear(x, self.qkv).chunk(3, dim=2)
         else:
@@ -34,7 +38,7 @@ class Attention(nn.Module):
             k, v = linear(x, self.qkv, slice(dim, None)).chunk(2, dim=2)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return linear(x, self.proj)
+        return product(x, self.proj)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, L, C) → (B, heads, L, C/heads)."""

@@ -44,15 +44,20 @@ class ConvBlock(nn.Module):
 
 
 class Branch(NamedTuple):
-    """The output y of a residual branch, its layer scale and its factors of drop path, or None."""
+    """A residual branch: its output, and bias, layer scale and factors of drop path, or None."""
 
     y: Tensor
+    bias: Tensor | None
     gamma: Tensor | None
     factor: Tensor | None
 
     def add_to(self, x: Tensor) -> Tensor:
-        """Return ``x + factor * gamma * y``."""
-        return add(x, self.y, self.gamma, self.factor)
+        """Return ``x + factor * gamma * (y + bias)``."""
+        return add(x, self.y, self.gamma, self.factor, self.bias)
+
+    def add_norm_to(self, x: Tensor, layer: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The same, and its norm."""
+        return add_norm(x, self.y, layer, self.gamma, self.factor, self.bias)
 
 
 class TokenBlock(nn.Module):
@@ -101,11 +106,12 @@ class TokenBlock(nn.Module):
         if branch is None:
             y = norm(x, self.norm1)
         else:
-            x, y = add_norm(x, branch.y, self.norm1, branch.gamma, branch.factor)
-        y = self.mixer(y, keep)
+            x, y = branch.add_norm_to(x, self.norm1)
+        y, bias = self.mixer(y, keep)
         x = x if keep is None else keep(x)
-        x, y = add_norm(x, y, self.norm2, self.gamma_1, _drop_factor(self, x))
-        return x, Branch(mlp(y, self.mlp), self.gamma_2, _drop_factor(self, x))
+        x, y = Branch(y, bias, self.gamma_1, _drop_factor(self, x)).add_norm_to(x, self.norm2)
+        y, bias = mlp(y, self.mlp)
+        return x, Branch(y, bias, self.gamma_2, _drop_factor(self, x))
 
 
 def _gamma(dim: int, init: float | None) -> nn.Parameter | None:

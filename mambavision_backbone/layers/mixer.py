@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops.conv_silu import conv_silu
-from ..ops.linear import linear
-from ..ops.selective_scan import selective_scan
+from ..ops.linear import product
+from ..ops.mix import mix
 from .windows import Crop
 
 D_STATE = 8
@@ -56,21 +55,20 @@ class MambaVisionMixer(nn.Module):
             # The bias enters twice (see forward), so half of softplus's inverse each time.
             self.dt_proj.bias.copy_(torch.log(torch.expm1(steps)) / 2)
 
-    def forward(self, x: Tensor, keep: Crop | None = None) -> Tensor:
-        """Mix the tokens of each window; with ``keep``, return the kept tokens only."""
-        x, z = conv_silu(self.in_proj(x), self.conv1d_x.weight, self.conv1d_z.weight)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, D_STATE, D_STATE], dim=2)
-        # The published model adds dt_proj.bias in the projection and again in the scan; its weights
-        # depend on that.
-        y = selective_scan(
-            x,
-            linear(dt, self.dt_proj),
-            -torch.exp(self.A_log.float()),
-            B,
-            C,
+    def forward(self, x: Tensor, keep: Crop | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mix the tokens of each window; with ``keep``, return the kept tokens only.
+
+        Returns:
+            The tokens, and a bias to be added to them, or None.
+        """
+        y = mix(
+            self.in_proj(x),
+            self.conv1d_x.weight,
+            self.conv1d_z.weight,
+            self.x_proj,
+            self.dt_proj,
+            self.A_log,
             self.D,
-            self.dt_proj.bias,
-            backend=self.scan_backend,
+            self.scan_backend,
         )
-        y = torch.cat([y, z], dim=2)
-        return self.out_proj(y if keep is None else keep(y))
+        return product(y if keep is None else keep(y), self.out_proj)

@@ -123,22 +123,28 @@ def launch(
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, warps)
-    key = (id(kernel), constants, warps, device, *map(_specialisation, args))
-    compiled = _compiled.get(key)
+    key: list[Any] = [id(kernel), constants, warps, device]
+    values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
+    for arg in args:
+        value: Any = arg
+        if isinstance(arg, Tensor):
+            value = arg.data_ptr()
+            key.append(arg.dtype)
+        values.append(value)
+        key.append(_specialisation(value))
+    compiled = _compiled.get(tuple(key))
     if compiled is None or not _starts_compiled[0]:
-        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
+        _compiled[tuple(key)] = kernel[grid](*args, *constants, num_warps=warps)
     else:
-        compiled[grid](*args, *constants)
+        compiled[grid](*values, *constants)
     return None
 
 
-def _specialisation(arg: Tensor | float | None) -> Any:
-    """What Triton compiles for: dtype and alignment, whether a number is 1 or a multiple of 16."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg % 16 == 0, arg == 1, -(2**31) <= arg < 2**31
-    return type(arg)
+def _specialisation(value: float | None) -> Any:
+    """What Triton compiles for: whether an integer is a multiple of 16, is 1, or has 32 bits."""
+    if isinstance(value, int):
+        return value % 16 == 0, value == 1, -(2**31) <= value < 2**31
+    return type(value)
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -156,6 +162,11 @@ class _NoContext:
 
 
 _NO_CONTEXT = _NoContext()
+
+
+def recorded(ctx: Any) -> bool:
+    """Whether an autograd function's forward pass may be followed by a backward pass."""
+    return ctx is not _NO_CONTEXT
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = "mambavision_backbone.ops."
-MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mlp"]
+MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mix", "mlp"]
 
 
 @pytest.fixture(autouse=True)

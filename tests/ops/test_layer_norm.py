@@ -33,13 +33,15 @@ def with_gradients(
 ) -> list[Tensor]:
     """Outputs, and the gradients of the inputs that are float leaves, and of the layer's."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    if len(leaves) == 4 and leaves[3] is not None:
-        leaves[3].requires_grad_(False)
+    factor = leaves[3] if len(leaves) > 3 else None
+    if factor is not None:
+        factor.requires_grad_(False)
     outs = (
         function(*leaves[:2], layer, *leaves[2:]) if len(leaves) > 1 else function(*leaves, layer)
     )
     outs = outs if isinstance(outs, tuple) else (outs,)
-    wanted = [x for x in leaves[:3] if x is not None] + [layer.weight, layer.bias]
+    wanted = [x for x in leaves if x is not None and x is not factor]
+    wanted += [layer.weight, layer.bias]
     return [*outs, *torch.autograd.grad(outs, wanted, dys)]
 
 
@@ -91,17 +93,23 @@ def test_norm(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> N
     compare(norm, [x], make_layer(shape[2]), [dy], monkeypatch)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("drop_path", [False, True], ids=["", "drop path"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "layer scale"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_norm(
-    shape: tuple[int, int, int], scaled: bool, drop_path: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int],
+    scaled: bool,
+    drop_path: bool,
+    biased: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y, *dys = torch.randn(4, *shape)
     x, dys[1] = x.transpose(0, 1).contiguous().transpose(0, 1), dys[1].flip(0)
     gamma = torch.randn(shape[2]) if scaled else None
     factor = torch.rand(shape[0], 1, 1) if drop_path else None
-    compare(add_norm, [x, y, gamma, factor], make_layer(shape[2]), dys, monkeypatch)
+    bias = torch.randn(shape[2]) if biased else None
+    compare(add_norm, [x, y, gamma, factor, bias], make_layer(shape[2]), dys, monkeypatch)
 
 
 def test_the_stream_keeps_float32_where_layer_scale_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +157,8 @@ def test_error_is_that_of_pytorch(
     shape = (2, 320, 50, 84) if name == "map_norm" else (2, 4200, 320)
     x, y, *dys = torch.randn(4, *shape, device="cuda").to(dtype)
     function = {"norm": norm, "add_norm": add_norm, "map_norm": map_norm}[name]
-    inputs = [x, y, None, None] if name == "add_norm" else [x]
+    bias = torch.randn(320, device="cuda").to(dtype)
+    inputs = [x, y, None, None, bias] if name == "add_norm" else [x]
     dys = dys if name == "add_norm" else dys[:1]
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         got = with_gradients(function, inputs, layer, dys)

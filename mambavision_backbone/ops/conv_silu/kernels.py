@@ -22,7 +22,7 @@ def taps(p, m):
 @triton.jit
 def forward(
     p_xz, p_wx, p_wz, p_x, p_z,
-    s_xz, rows, L, D,
+    s_xz, s_x, s_z, rows, L, D,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write x = silu(conv(xz[:, :D], wx)), z = silu(conv(xz[:, D:], wz))."""
@@ -35,16 +35,18 @@ def forward(
     if branch == 0:
         p_w = p_wx
         p_y = p_x
+        s_y = s_x
     else:
         p_w = p_wz
         p_y = p_z
+        s_y = s_z
     w0, w1, w2 = taps(p_w + 3 * i_d, m_d)
     p_in = p_xz + i_r * s_xz + branch * D + i_d
     y = w1 * load(p_in, m)
     y += w0 * load(p_in - s_xz, m & (i_t > 0))
     y += w2 * load(p_in + s_xz, m & (i_t < L - 1))
     y *= tl.sigmoid(y)
-    tl.store(p_y + i_r * D + i_d, y.to(p_y.dtype.element_ty), m)
+    tl.store(p_y + i_r * s_y + i_d, y.to(p_y.dtype.element_ty), m)
 
 
 @triton.jit

@@ -15,47 +15,61 @@ BLOCK_ROWS, BLOCK_D, WARPS = 32, 32, 4
 TILES = 4  # of rows for a program of the backward kernel
 
 
+def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor) -> None:
+    """Write ``conv_silu`` into x and z, whose channels are contiguous and rows evenly spaced."""
+    seqlen, dim = x.shape[1:]
+    xz, s_xz = rows_of(xz)
+    rows = len(xz)
+    launch(
+        kernels.forward,
+        (ceil_div(rows, BLOCK_ROWS), 2 * ceil_div(dim, BLOCK_D), 1),
+        (
+            xz, weight_x.contiguous(), weight_z.contiguous(), x, z,
+            s_xz, x.stride(1), z.stride(1), rows, seqlen, dim,
+        ),
+        (BLOCK_ROWS, BLOCK_D),
+        WARPS,
+    )  # fmt: skip
+
+
+def backward(
+    dx: Tensor, dz: Tensor, xz: Tensor, weight_x: Tensor, weight_z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the last three; both weights' are in the first one's dtype."""
+    batch, seqlen, dim = dx.shape
+    rows = batch * seqlen
+    programs = ceil_div(rows, BLOCK_ROWS * TILES)
+    dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
+    (xz, s_xz), (dx, s_dx), (dz, s_dz) = rows_of(xz), rows_of(dx), rows_of(dz)
+    dw = torch.empty(programs, 3, 2 * dim, dtype=torch.float32, device=xz.device)
+    launch(
+        kernels.backward,
+        (programs, 2 * ceil_div(dim, BLOCK_D), 1),
+        (
+            dx, dz, xz, weight_x.contiguous(), weight_z.contiguous(), dxz, dw,
+            s_dx, s_dz, s_xz, rows, seqlen, dim, TILES,
+        ),
+        (BLOCK_ROWS, BLOCK_D),
+        WARPS,
+    )  # fmt: skip
+    dw = dw.sum(0).t()[:, None].to(weight_x.dtype)
+    return dxz, dw[:dim], dw[dim:]
+
+
 class ConvSiLUFunction(torch.autograd.Function):
     """``conv_silu`` with gradients; keeps its inputs only and computes the rest again."""
 
     @staticmethod
     def forward(ctx: Any, xz: Tensor, weight_x: Tensor, weight_z: Tensor) -> tuple[Tensor, Tensor]:
         """Arguments as in ``conv_silu``."""
-        weight_x, weight_z = weight_x.contiguous(), weight_z.contiguous()
         ctx.save_for_backward(xz, weight_x, weight_z)
         batch, seqlen, dim = xz.shape[0], xz.shape[1], xz.shape[2] // 2
         x, z = (xz.new_empty(batch, seqlen, dim) for _ in range(2))
-        rows = batch * seqlen
-        xz, s_xz = rows_of(xz)
-        launch(
-            kernels.forward,
-            (ceil_div(rows, BLOCK_ROWS), 2 * ceil_div(dim, BLOCK_D), 1),
-            (xz, weight_x, weight_z, x, z, s_xz, rows, seqlen, dim),
-            (BLOCK_ROWS, BLOCK_D),
-            WARPS,
-        )
+        forward(xz, weight_x, weight_z, x, z)
         return x, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the three inputs."""
-        xz, weight_x, weight_z = ctx.saved_tensors
-        batch, seqlen, dim = dx.shape
-        rows = batch * seqlen
-        programs = ceil_div(rows, BLOCK_ROWS * TILES)
-        dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
-        (xz, s_xz), (dx, s_dx), (dz, s_dz) = rows_of(xz), rows_of(dx), rows_of(dz)
-        dw = torch.empty(programs, 3, 2 * dim, dtype=torch.float32, device=xz.device)
-        launch(
-            kernels.backward,
-            (programs, 2 * ceil_div(dim, BLOCK_D), 1),
-            (
-                dx, dz, xz, weight_x, weight_z, dxz, dw,
-                s_dx, s_dz, s_xz, rows, seqlen, dim, TILES,
-            ),
-            (BLOCK_ROWS, BLOCK_D),
-            WARPS,
-        )  # fmt: skip
-        dw = dw.sum(0).t()[:, None].to(weight_x.dtype)
-        return dxz, dw[:dim], dw[dim:]
+        return backward(dx, dz, *ctx.saved_tensors)

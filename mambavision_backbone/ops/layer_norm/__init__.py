@@ -22,7 +22,12 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
 
 
 def add_norm(
-    x: Tensor, y: Tensor, layer: nn.LayerNorm, gamma: Tensor | None, factor: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    layer: nn.LayerNorm,
+    gamma: Tensor | None,
+    factor: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of a residual branch and the layer norm of the sum, in one pass on a GPU.
 
@@ -32,15 +37,16 @@ def add_norm(
         layer: the norm over C.
         gamma: (C,) layer scale of y, or None.
         factor: (B, 1, 1) factors of drop path, or None.
+        bias: (C,) bias of y that is still to be added, or None.
 
     Returns:
-        ``x + factor * gamma * y`` and the norm of it, (B, L, C) each.
+        ``x + factor * gamma * (y + bias)`` and the norm of it, (B, L, C) each.
     """
     if fusible(x):
         from .launch import AddNormFunction
 
-        return call(AddNormFunction, x, y, gamma, factor, layer.weight, layer.bias, layer.eps)
-    total = add(x, y, gamma, factor)
+        return call(AddNormFunction, x, y, bias, gamma, factor, layer.weight, layer.bias, layer.eps)
+    total = add(x, y, gamma, factor, bias)
     return total, layer(total)
 
 
@@ -60,8 +66,16 @@ def map_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     return y.to(compute_dtype(x)).permute(0, 3, 1, 2).contiguous()
 
 
-def add(x: Tensor, y: Tensor, gamma: Tensor | None, factor: Tensor | None) -> Tensor:
-    """``x + factor * gamma * y``; arguments as in :func:`add_norm`."""
+def add(
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None,
+    factor: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x + factor * gamma * (y + bias)``; arguments as in :func:`add_norm`."""
+    if bias is not None:
+        y = y + bias
     if gamma is not None:
         y = y * gamma
     return x + y if factor is None else torch.addcmul(x, y, factor)

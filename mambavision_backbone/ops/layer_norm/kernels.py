@@ -13,12 +13,15 @@ from ..triton_common import load
 
 @triton.jit
 def forward(
-    p_x, p_y, p_gamma, p_factor, p_w, p_b, p_sum, p_n, p_mean, p_rstd,
+    p_x, p_y, p_bias, p_gamma, p_factor, p_w, p_b, p_sum, p_n, p_mean, p_rstd,
     rows, L, C, eps,
-    ADD: tl.constexpr, GAMMA: tl.constexpr, FACTOR: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    ADD: tl.constexpr, BIAS: tl.constexpr, GAMMA: tl.constexpr, FACTOR: tl.constexpr,
+    STATS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write sum = x + factor · gamma · y (with ADD), n = norm(sum) · w + b, and mean and 1/std."""
+    """Write sum = x + factor · gamma · (y + bias) (with ADD) and n = norm(sum) · w + b.
+
+    With STATS also mean and 1/std.
+    """
     i_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i_c = tl.arange(0, BC)[None, :]
     m_r, m_c = i_r < rows, i_c < C
@@ -27,6 +30,8 @@ def forward(
     x = load(p_x + o, m)
     if ADD:
         y = load(p_y + o, m)
+        if BIAS:
+            y += load(p_bias + i_c, m_c)
         if GAMMA:
             y *= load(p_gamma + i_c, m_c)
         if FACTOR:
@@ -39,31 +44,35 @@ def forward(
     rstd = tl.rsqrt(tl.sum(d * d, 1)[:, None] / C + eps)
     n = d * rstd * load(p_w + i_c, m_c) + load(p_b + i_c, m_c)
     tl.store(p_n + o, n.to(p_n.dtype.element_ty), m)
-    tl.store(p_mean + i_r[:, None], mean, m_r[:, None])
-    tl.store(p_rstd + i_r[:, None], rstd, m_r[:, None])
+    if STATS:
+        tl.store(p_mean + i_r[:, None], mean, m_r[:, None])
+        tl.store(p_rstd + i_r[:, None], rstd, m_r[:, None])
 
 
 @triton.jit
 def backward(
-    p_dn, p_dsum, p_sum, p_y, p_gamma, p_factor, p_w, p_mean, p_rstd,
+    p_dn, p_dsum, p_sum, p_y, p_bias, p_gamma, p_factor, p_w, p_mean, p_rstd,
     p_dx, p_dy, p_dparam,
     rows, L, C, tiles,
-    DSUM: tl.constexpr, DY: tl.constexpr, GAMMA: tl.constexpr, FACTOR: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    DSUM: tl.constexpr, DY: tl.constexpr, BIAS: tl.constexpr, GAMMA: tl.constexpr,
+    FACTOR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients; a program takes ``tiles`` tiles of rows.
 
-    Writes dx, with DY also dy (else it equals dx), and dparam (programs, 3, C), to be summed
-    over the programs: dw, db and with GAMMA dgamma.
+    Writes dx, with DY also dy (else it equals dx), and dparam (programs, 4, C), to be summed
+    over the programs: dw, db, with GAMMA dgamma and with BIAS dbias.
     """
     i_c = tl.arange(0, BC)[None, :]
     m_c = i_c < C
     w = load(p_w + i_c, m_c)
     if GAMMA:
         gamma = load(p_gamma + i_c, m_c)
+    if BIAS:
+        bias = load(p_bias + i_c, m_c)
     dw = tl.zeros((BC,), tl.float32)
     db = tl.zeros((BC,), tl.float32)
     dgamma = tl.zeros((BC,), tl.float32)
+    dbias = tl.zeros((BC,), tl.float32)
     for k in range(0, tiles):
         i_r = (tl.program_id(0).to(tl.int64) * tiles + k) * BR + tl.arange(0, BR)
         m_r = i_r < rows
@@ -81,19 +90,26 @@ def backward(
         if DSUM:
             dx += load(p_dsum + o, m)
         tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), m)
+        dy = dx
+        if FACTOR:
+            dy *= load(p_factor + i_r // L, m_r)[:, None]
+        if GAMMA:
+            y = load(p_y + o, m)
+            if BIAS:
+                y += bias
+            dgamma += tl.sum(dy * y, 0)
+            dy *= gamma
         if DY:
-            dy = dx
-            if FACTOR:
-                dy *= load(p_factor + i_r // L, m_r)[:, None]
-            if GAMMA:
-                dgamma += tl.sum(dy * load(p_y + o, m), 0)
-                dy *= gamma
             tl.store(p_dy + o, dy.to(p_dy.dtype.element_ty), m)
-    p_dparam += tl.program_id(0) * 3 * C + i_c
+        if BIAS:
+            dbias += tl.sum(tl.where(m, dy, 0.0), 0)
+    p_dparam += tl.program_id(0) * 4 * C + i_c
     tl.store(p_dparam, dw[None, :], m_c)
     tl.store(p_dparam + C, db[None, :], m_c)
     if GAMMA:
         tl.store(p_dparam + 2 * C, dgamma[None, :], m_c)
+    if BIAS:
+        tl.store(p_dparam + 3 * C, dbias[None, :], m_c)
 
 
 @triton.jit

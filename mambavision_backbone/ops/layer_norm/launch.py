@@ -8,23 +8,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..triton_support import ceil_div, compute_dtype, launch, power_of_2, split_rows
+from ..triton_support import (
+    ceil_div,
+    compute_dtype,
+    launch,
+    power_of_2,
+    recorded,
+    split_rows,
+)
 from . import kernels
 
 ROWS = 2  # of a tile
+_NOTHING = (None, None, None, None)  # to be added
 PROGRAMS = 1056  # of a backward kernel at most: eight on each multiprocessor of a large GPU
 
 
 def _forward(
     x: Tensor,
-    y: Tensor | None,
-    gamma: Tensor | None,
-    factor: Tensor | None,
+    branch: tuple[Tensor | None, ...],
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (x itself without y), its norm, mean and 1/std of each row."""
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The sum (x itself without a y), its norm, and with ``stats`` mean and 1/std of each row.
+
+    ``branch`` is what is added to x: y, its bias, gamma and factor.
+    """
+    y, y_bias, gamma, factor = branch
     channels = x.shape[-1]
     rows = x.numel() // channels
     total = x
@@ -33,17 +44,18 @@ def _forward(
         dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
         total = torch.empty_like(x, dtype=dtype)
     normed = torch.empty_like(x, dtype=compute_dtype(total))
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    mean = rstd = None
+    if stats:
+        mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device).unbind()
     block = power_of_2(channels)
     launch(
         kernels.forward,
         (ceil_div(rows, ROWS), 1, 1),
         (
-            x, y, gamma, factor, weight, bias, total, normed, mean, rstd,
+            x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd,
             rows, x.shape[1], channels, eps,
         ),
-        (y is not None, gamma is not None, factor is not None, ROWS, block),
+        (*(t is not None for t in branch), stats, ROWS, block),
         warps=max(1, block // 512),
     )  # fmt: skip
     return total, normed, mean, rstd
@@ -53,30 +65,29 @@ def _backward(
     dtotal: Tensor | None,
     dnormed: Tensor,
     total: Tensor,
-    y: Tensor | None,
-    gamma: Tensor | None,
-    factor: Tensor | None,
+    branch: tuple[Tensor | None, ...],
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     dx: Tensor,
     dy: Tensor | None,
 ) -> Tensor:
-    """Write the gradients of x and, unless None, of y; return those of weight, bias, gamma.
+    """Write the gradients of x and, unless None, of y; return those of weight, bias, gamma, y_bias.
 
-    The latter are (3, C) in float32.
+    The latter are (4, C) in float32. ``branch`` as for ``_forward``, y itself only with gamma.
     """
+    y, y_bias, gamma, factor = branch
     channels = total.shape[-1]
     rows = total.numel() // channels
     programs, tiles = split_rows(rows, ROWS, PROGRAMS)
-    dparam = torch.empty(programs, 3, channels, dtype=torch.float32, device=total.device)
+    dparam = torch.empty(programs, 4, channels, dtype=torch.float32, device=total.device)
     block = power_of_2(channels)
-    options = (dtotal is not None, dy is not None, gamma is not None, factor is not None)
+    options = (t is not None for t in (dtotal, dy, y_bias, gamma, factor))
     launch(
         kernels.backward,
         (programs, 1, 1),
         (
-            dnormed, dtotal, total, y, gamma, factor, weight, mean, rstd, dx, dy, dparam,
+            dnormed, dtotal, total, y, y_bias, gamma, factor, weight, mean, rstd, dx, dy, dparam,
             rows, total.shape[1], channels, tiles,
         ),
         (*options, ROWS, block),
@@ -92,7 +103,7 @@ class NormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Normalise."""
         x = x.contiguous()
-        _, normed, mean, rstd = _forward(x, None, None, None, weight, bias, eps)
+        _, normed, mean, rstd = _forward(x, _NOTHING, weight, bias, eps, recorded(ctx))
         ctx.save_for_backward(x, weight, mean, rstd)
         return normed
 
@@ -103,7 +114,7 @@ class NormFunction(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         dx = torch.empty_like(x)
         dparam = _backward(
-            None, dnormed.contiguous(), x, None, None, None, weight, mean, rstd, dx, None
+            None, dnormed.contiguous(), x, _NOTHING, weight, mean, rstd, dx, None
         ).to(weight.dtype)
         return dx, dparam[0], dparam[1], None
 
@@ -116,6 +127,7 @@ class AddNormFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor,
+        y_bias: Tensor | None,
         gamma: Tensor | None,
         factor: Tensor | None,
         weight: Tensor,
@@ -124,28 +136,30 @@ class AddNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Add and normalise."""
         x, y = x.contiguous(), y.contiguous()
-        total, normed, mean, rstd = _forward(x, y, gamma, factor, weight, bias, eps)
+        branch = (y, y_bias, gamma, factor)
+        total, normed, mean, rstd = _forward(x, branch, weight, bias, eps, recorded(ctx))
         kept_y = None if gamma is None else y
-        ctx.save_for_backward(total, kept_y, gamma, factor, weight, mean, rstd)
+        ctx.save_for_backward(total, kept_y, y_bias, gamma, factor, weight, mean, rstd)
         ctx.dtypes = x.dtype, y.dtype
         return total, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, y, gamma, weight and bias."""
-        total, y, gamma, factor, weight, mean, rstd = ctx.saved_tensors
+        """Gradients of x, y, y_bias, gamma, weight and bias."""
+        total, y, y_bias, gamma, factor, weight, mean, rstd = ctx.saved_tensors
         x_dtype, y_dtype = ctx.dtypes
         dx = torch.empty_like(total, dtype=x_dtype)
         same = gamma is None and factor is None and x_dtype == y_dtype
         dy = None if same else torch.empty_like(total, dtype=y_dtype)
         dparam = _backward(
             dtotal.contiguous(), dnormed.contiguous(),
-            total, y, gamma, factor, weight, mean, rstd, dx, dy,
+            total, (y, y_bias, gamma, factor), weight, mean, rstd, dx, dy,
         )  # fmt: skip
         dgamma = None if gamma is None else dparam[2].to(gamma.dtype)
+        dbias = None if y_bias is None else dparam[3].to(y_bias.dtype)
         dparam = dparam.to(weight.dtype)
-        return dx, dx if dy is None else dy, dgamma, None, dparam[0], dparam[1], None
+        return dx, dx if dy is None else dy, dbias, dgamma, None, dparam[0], dparam[1], None
 
 
 class MapNormFunction(torch.autograd.Function):

@@ -8,6 +8,16 @@ from torch import Tensor, nn
 from ..triton_support import call, fusible
 
 
+def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """``layer(x)`` of tokens in two parts: a tensor, and a bias still to be added to it, or None.
+
+    On a GPU a kernel that reads the product anyway adds the bias in passing, and sums its gradient.
+    """
+    if type(layer) is nn.Linear and fusible(x):
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None
+
+
 def linear(x: Tensor, layer: nn.Linear, part: slice | None = None) -> Tensor:
     """``layer(x)`` of tokens (B, L, C) → (B, L, D).
 

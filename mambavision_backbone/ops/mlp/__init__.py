@@ -6,11 +6,12 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from ..linear import product
 from ..triton_support import fusible, traced
 
 
-def mlp(x: Tensor, layer: Mlp) -> Tensor:
-    """``layer(x)`` of tokens (B, L, C) → same.
+def mlp(x: Tensor, layer: Mlp) -> tuple[Tensor, Tensor | None]:
+    """``layer(x)`` of tokens (B, L, C), in two parts as of ``ops.linear.product``.
 
     In training on a GPU the hidden tokens, the largest of a block, are computed again in the
     backward pass: a fifth more products for a fifth to a quarter less memory of the whole network.
@@ -18,12 +19,12 @@ def mlp(x: Tensor, layer: Mlp) -> Tensor:
     """
     fc1, fc2 = layer.fc1, layer.fc2
     if not type(fc1) is type(fc2) is nn.Linear:
-        return layer(x)
+        return layer(x), None
     if torch.is_grad_enabled():
         if fusible(x):
             from .launch import MlpFunction
 
-            return MlpFunction.apply(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return MlpFunction.apply(x, fc1.weight, fc1.bias, fc2.weight), fc2.bias
     elif not (layer.training or traced()):
-        return fc2(torch.ops.aten.gelu_(fc1(x)))  # the hidden tokens need no second memory
-    return layer(x)
+        return product(torch.ops.aten.gelu_(fc1(x)), fc2)  # hidden tokens need no second memory
+    return layer(x), None

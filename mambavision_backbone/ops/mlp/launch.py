@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..linear.launch import BLOCK_C, BLOCK_ROWS, PROGRAMS, WARPS, column_sum
+from ..linear.launch import BLOCK_C, BLOCK_ROWS, PROGRAMS, WARPS
 from ..triton_support import ceil_div, compute_dtype, launch, split_rows
 from . import kernels
 
@@ -34,26 +34,22 @@ class MlpFunction(torch.autograd.Function):
     """``mlp`` with gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-    ) -> Tensor:
-        """Both layers, in autocast's dtype where that is on."""
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+        """Both layers but the last bias, in autocast's dtype where that is on."""
         dtype = compute_dtype(x)
-        ctx.x_dtype, ctx.dtypes = x.dtype, [weight1.dtype, bias1.dtype, weight2.dtype, bias2.dtype]
-        x, weight1, bias1, weight2, bias2 = (
-            t.to(dtype) for t in (x, weight1, bias1, weight2, bias2)
-        )
+        ctx.x_dtype, ctx.dtypes = x.dtype, [weight1.dtype, bias1.dtype, weight2.dtype]
+        x, weight1, bias1, weight2 = (t.to(dtype) for t in (x, weight1, bias1, weight2))
         ctx.save_for_backward(x, weight1, bias1, weight2)
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the five inputs."""
+        """Gradients of the four inputs."""
         x, weight1, bias1, weight2 = ctx.saved_tensors
         x_rows, dy_rows = x.flatten(0, 1), dy.flatten(0, 1)
         h = torch.addmm(bias1, x_rows, weight1.t())
         g, dh, dbias1 = _gelu_backward(dy_rows @ weight2, h)
-        grads = (dh.t() @ x_rows, dbias1, dy_rows.t() @ g, column_sum(dy_rows))
+        grads = (dh.t() @ x_rows, dbias1, dy_rows.t() @ g)
         dx = (dh @ weight1).view_as(x).to(ctx.x_dtype)
         return dx, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))

@@ -1,5 +1,5 @@
 """Selective state-space scan: one public function, several backends."""
 
-from .api import CHOICES, check_backend, selective_scan
+from .api import CHOICES, check_backend, choose_backend, selective_scan
 
-__all__ = ["CHOICES", "check_backend", "selective_scan"]
+__all__ = ["CHOICES", "check_backend", "choose_backend", "selective_scan"]

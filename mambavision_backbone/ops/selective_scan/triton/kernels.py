@@ -12,8 +12,9 @@ rest. With one chunk only the latter are needed. There are no atomics, so result
 the order of programs.
 
 Names: ``p_`` pointer, ``s_`` stride in elements (``sb_`` of the batch), ``i_`` index, ``m_`` mask;
-L seqlen, D dim, N dstate. All arithmetic is float32. A token past
-the end has Δ = 0 and u = 0: the scan's identity.
+L seqlen, D dim, N dstate. With LOG_A, p_A holds log(-A) and dparam its gradient; p_bias is added
+BIASES times. All arithmetic is float32. A token past the end has Δ = 0 and u = 0: the scan's
+identity.
 """
 
 import triton
@@ -153,10 +154,17 @@ def load_delta(p_dt, o, m, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def load_A(p_A, i_d, D, N, BN: tl.constexpr):
-    """A transposed, (1, BN, BD), in units of log2; zeros where masked."""
+def load_decay(p_A, o, m, LOG_A: tl.constexpr):
+    """A in units of log2, where LOG_A from log(-A); zeros where masked."""
+    A = load(p_A, o, m)
+    return (tl.where(m, -tl.exp(A), 0.0) if LOG_A else A) * LOG2E
+
+
+@triton.jit
+def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
+    """A transposed, (1, BN, BD); as ``load_decay``."""
     i_n = tl.arange(0, BN)[:, None]
-    return load(p_A, i_d * N + i_n, (i_n < N) & (i_d < D))[None, :, :] * LOG2E
+    return load_decay(p_A, i_d * N + i_n, (i_n < N) & (i_d < D), LOG_A)[None, :, :]
 
 
 @triton.jit
@@ -165,7 +173,7 @@ def chunk_ends(
     p_h, p_r, p_sum,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
-    SOFTPLUS: tl.constexpr, BACK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, BACK: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Of every chunk: its last state from a zero state, and the sum of Δ.
@@ -180,8 +188,8 @@ def chunk_ends(
     m_d, m_n = i_d < D, i_n < N
     i_nd = tl.arange(0, BN)[:, None] * D + i_d
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
-    A = load_A(p_A, i_d, D, N, BN)
-    bias = load(p_bias, i_d, m_d)
+    A = load_A(p_A, i_d, D, N, BN, LOG_A)
+    bias = load(p_bias, i_d, m_d) * BIASES
     p_u += i_b * sb_u
     p_dt += i_b * sb_dt
     p_B += i_b * sb_B
@@ -218,7 +226,7 @@ def chunk_ends(
 def carry(
     p_h, p_r, p_A, p_sum, p_h_in, p_r_in,
     chunks, D, N,
-    BACK: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    LOG_A: tl.constexpr, BACK: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """States before every chunk from ``chunk_ends``; with BACK also gradients behind every chunk.
 
@@ -228,7 +236,7 @@ def carry(
     i_d = tl.program_id(0) * BD + tl.arange(0, BD)[None, :]
     i_k = tl.arange(0, BK)[:, None]
     m = (i_k < chunks) & (i_d < D)
-    A = load(p_A, i_d * N + i_n, i_d < D) * LOG2E
+    A = load_decay(p_A, i_d * N + i_n, i_d < D, LOG_A)
     i_chunk = i_b * chunks + i_k
     o = (i_chunk * N + i_n) * D + i_d
     decay = tl.exp2(A * load(p_sum, o, m))
@@ -245,9 +253,9 @@ def carry(
 @triton.jit
 def forward(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_h_in, p_y,
-    sb_u, sb_dt, sb_B, sb_C, s_u, s_dt, s_B, s_C,
+    sb_u, sb_dt, sb_B, sb_C, sb_y, s_u, s_dt, s_B, s_C, s_y,
     L, D, N, T,
-    SOFTPLUS: tl.constexpr, CHUNKED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CHUNKED: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Write y (batch, L, D) of every chunk."""
@@ -258,14 +266,14 @@ def forward(
     m_d, m_n = i_d < D, i_n < N
     i_nd = tl.arange(0, BN)[:, None] * D + i_d
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
-    A = load_A(p_A, i_d, D, N, BN)
-    bias = load(p_bias, i_d, m_d)
+    A = load_A(p_A, i_d, D, N, BN, LOG_A)
+    bias = load(p_bias, i_d, m_d) * BIASES
     skip = load(p_D, i_d, m_d)
     p_u += i_b * sb_u
     p_dt += i_b * sb_dt
     p_B += i_b * sb_B
     p_C += i_b * sb_C
-    p_y += i_b * L * D
+    p_y += i_b * sb_y
 
     if CHUNKED:
         i_chunk = i_b * tl.num_programs(0) + i_c
@@ -284,7 +292,7 @@ def forward(
         a = tl.exp2(by_channel(delta) * A)
         _ps, hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
         y = tl.sum(hs * by_state(C), 1) + skip * u
-        tl.store(p_y + i_t * D + i_d, y.to(p_y.dtype.element_ty), mask=m_td)
+        tl.store(p_y + i_t * s_y + i_d, y.to(p_y.dtype.element_ty), mask=m_td)
 
 
 @triton.jit
@@ -293,7 +301,7 @@ def backward(
     p_h_tile, p_du, p_ddt, p_dB, p_dC, p_dparam,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
-    SOFTPLUS: tl.constexpr, CHUNKED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CHUNKED: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every chunk.
@@ -309,8 +317,8 @@ def backward(
     m_d, m_n = i_d < D, i_n < N
     i_nd = tl.arange(0, BN)[:, None] * D + i_d
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
-    A = load_A(p_A, i_d, D, N, BN)
-    bias = load(p_bias, i_d, m_d)
+    A = load_A(p_A, i_d, D, N, BN, LOG_A)
+    bias = load(p_bias, i_d, m_d) * BIASES
     skip = load(p_D, i_d, m_d)
     p_u += i_b * sb_u
     p_dt += i_b * sb_dt
@@ -381,7 +389,9 @@ def backward(
         o_tn = i_t * N + i_n
         tl.store(p_dB + o_tn, tl.sum(g * by_channel(delta * u), 2), m_tn)
         tl.store(p_dC + o_tn, tl.sum(hs * by_channel(dy), 2), m_tn)
+    if LOG_A:
+        dA *= tl.sum(A, 0) / LOG2E
     p_dparam += i_chunk * (N + 2) * D
     tl.store(p_dparam + i_nd, dA, mask=m_nd)
     tl.store(p_dparam + N * D + i_d, dD[None, :], mask=m_d)
-    tl.store(p_dparam + (N + 1) * D + i_d, dbias[None, :], mask=m_d)
+    tl.store(p_dparam + (N + 1) * D + i_d, (BIASES * dbias)[None, :], mask=m_d)

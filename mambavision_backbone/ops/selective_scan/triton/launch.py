@@ -19,6 +19,30 @@ PROGRAMS = 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
 MIN_CHUNK, MAX_CHUNKS = 32, 256
 
 
+class Parameters(NamedTuple):
+    """What is not a token's; meanings as in ``api.selective_scan``, but for the last two.
+
+    With ``log_A`` A holds log(-A), and so does its gradient; dt_bias is added ``biases`` times.
+    """
+
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    dt_softplus: bool = True
+    log_A: bool = False
+    biases: int = 1
+
+    @property
+    def options(self) -> tuple[bool, bool, int]:
+        """The kernels' SOFTPLUS, LOG_A, BIASES."""
+        return self.dt_softplus, self.log_A, self.biases
+
+    def contiguous(self) -> Parameters:
+        """The same with contiguous tensors."""
+        A, D, dt_bias = (x.contiguous() for x in self[:3])
+        return self._replace(A=A, D=D, dt_bias=dt_bias)
+
+
 class _Sizes(NamedTuple):
     """How a scan is cut up: chunks of ``tokens``, and the kernels' block sizes."""
 
@@ -65,47 +89,120 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _carry(
-    sizes: _Sizes,
-    inputs: tuple[Tensor, ...],
-    dy: Tensor | None,
-    dt_softplus: bool,
+    sizes: _Sizes, tokens: tuple[Tensor, ...], parameters: Parameters, dy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """States before every chunk and, with dy, gradients behind every chunk.
 
     Returns:
         Two (batch, chunks, dstate, dim) tensors; the second is the first where dy is None.
     """
-    u, dt, A, B, C, dt_bias = inputs
+    u, dt, B, C = tokens
     back = dy is not None
     dy_ = u if dy is None else dy
-    shape = (sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
-    ends = torch.empty((2 if back else 1, *shape), dtype=torch.float32, device=u.device)
-    carried = torch.empty_like(ends)
-    sums = torch.empty(shape, dtype=torch.float32, device=u.device)
+    passes = 2 if back else 1
+    shape = (2 * passes + 1, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
+    scratch = torch.empty(shape, dtype=torch.float32, device=u.device).unbind()
+    ends, carried, sums = scratch[:passes], scratch[passes:-1], scratch[-1]
     launch(
         kernels.chunk_ends,
         sizes.grid,
         (
-            u, dt, A, B, C, dt_bias, dy_,
+            u, dt, parameters.A, B, C, parameters.dt_bias, dy_,
             ends[0], ends[-1], sums,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
             *sizes.lengths,
         ),
-        (dt_softplus, back, *sizes.block, TILE_BACK if back else TILE),
+        (*parameters.options, back, *sizes.block, TILE_BACK if back else TILE),
         WARPS,
     )  # fmt: skip
     launch(
         kernels.carry,
         (ceil_div(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch),
         (
-            ends[0], ends[-1], A, sums, carried[0], carried[-1],
+            ends[0], ends[-1], parameters.A, sums, carried[0], carried[-1],
             sizes.chunks, sizes.dim, sizes.dstate,
         ),
-        (back, CARRY_BLOCK_D, power_of_2(sizes.chunks)),
+        (parameters.log_A, back, CARRY_BLOCK_D, power_of_2(sizes.chunks)),
         CARRY_WARPS,
     )  # fmt: skip
     return carried[0], carried[-1]
+
+
+def scan(
+    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters, y: Tensor | None = None
+) -> Tensor:
+    """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous."""
+    u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
+    parameters = parameters.contiguous()
+    sizes = _sizes(u, parameters.A)
+    if y is None:
+        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    h_in = y
+    if sizes.chunks > 1:
+        h_in, _ = _carry(sizes, (u, dt, B, C), parameters, None)
+    launch(
+        kernels.forward,
+        sizes.grid,
+        (
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, h_in, y,
+            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
+            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
+            *sizes.lengths,
+        ),
+        (*parameters.options, sizes.chunks > 1, *sizes.block, TILE),
+        WARPS,
+    )  # fmt: skip
+    return y
+
+
+class Gradients(NamedTuple):
+    """Of a scan.
+
+    ``BC`` (2, batch, parts, seqlen, dstate), to be summed over its parts, and ``parameters``
+    (dstate + 2, dim), A's transposed, D's and dt_bias's, are in float32.
+    """
+
+    u: Tensor
+    dt: Tensor
+    BC: Tensor
+    parameters: Tensor
+
+
+def scan_backward(
+    dy: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters
+) -> Gradients:
+    """Gradients. States are computed again."""
+    dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
+    parameters = parameters.contiguous()
+    sizes = _sizes(u, parameters.A)
+    batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=u.device)
+
+    def scratch(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    dBC = scratch(2, batch, blocks_d, seqlen, dstate)
+    dparam = scratch(batch * chunks, dstate + 2, dim)
+    h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
+    h_in = r_in = du
+    if chunks > 1:
+        h_in, r_in = _carry(sizes, (u, dt, B, C), parameters, dy)
+    launch(
+        kernels.backward,
+        sizes.grid,
+        (
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, h_in, r_in,
+            h_tile, du, ddt, dBC[0], dBC[1], dparam,
+            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
+            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
+            *sizes.lengths,
+        ),
+        (*parameters.options, chunks > 1, *sizes.block, TILE_BACK),
+        WARPS,
+    )  # fmt: skip
+    return Gradients(du, ddt, dBC, dparam.sum(0))
 
 
 def selective_scan(
@@ -119,26 +216,7 @@ def selective_scan(
     dt_softplus: bool,
 ) -> Tensor:
     """Scan. Arguments as in ``api.selective_scan``."""
-    u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
-    A, D, dt_bias = (x.contiguous() for x in (A, D, dt_bias))
-    sizes = _sizes(u, A)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    h_in = y
-    if sizes.chunks > 1:
-        h_in, _ = _carry(sizes, (u, dt, A, B, C, dt_bias), None, dt_softplus)
-    launch(
-        kernels.forward,
-        sizes.grid,
-        (
-            u, dt, A, B, C, D, dt_bias, h_in, y,
-            u.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-            u.stride(1), dt.stride(1), B.stride(1), C.stride(1),
-            *sizes.lengths,
-        ),
-        (dt_softplus, sizes.chunks > 1, *sizes.block, TILE),
-        WARPS,
-    )  # fmt: skip
-    return y
+    return scan(u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))
 
 
 def selective_scan_backward(
@@ -152,45 +230,18 @@ def selective_scan_backward(
     dt_bias: Tensor,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, A, B, C, D, dt_bias. States are computed again."""
-    dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
-    A, D, dt_bias = (x.contiguous() for x in (A, D, dt_bias))
-    sizes = _sizes(u, A)
-    batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
-    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=u.device)
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=u.device)
-
-    dB, dC = scratch(2, batch, blocks_d, seqlen, dstate)
-    dparam = scratch(batch * chunks, dstate + 2, dim)
-    h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
-    h_in = r_in = du
-    if chunks > 1:
-        h_in, r_in = _carry(sizes, (u, dt, A, B, C, dt_bias), dy, dt_softplus)
-    launch(
-        kernels.backward,
-        sizes.grid,
-        (
-            u, dt, A, B, C, D, dt_bias, dy, h_in, r_in,
-            h_tile, du, ddt, dB, dC, dparam,
-            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
-            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
-            *sizes.lengths,
-        ),
-        (dt_softplus, chunks > 1, *sizes.block, TILE_BACK),
-        WARPS,
-    )  # fmt: skip
-    dparam = dparam.sum(0)
+    """Gradients of u, dt, A, B, C, D, dt_bias."""
+    grads = scan_backward(dy, u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))
+    dB, dC = grads.BC.sum(2)
+    dA, dD, dbias = grads.parameters.split([A.shape[1], 1, 1])
     return (
-        du,
-        ddt,
-        dparam[:dstate].t().to(A.dtype, copy=True, memory_format=torch.contiguous_format),
-        dB.sum(1).to(B.dtype),
-        dC.sum(1).to(C.dtype),
-        dparam[dstate].to(D.dtype, copy=True),
-        dparam[dstate + 1].to(dt_bias.dtype, copy=True),
+        grads.u,
+        grads.dt,
+        dA.t().to(A.dtype, copy=True, memory_format=torch.contiguous_format),
+        dB.to(B.dtype, copy=True),
+        dC.to(C.dtype, copy=True),
+        dD[0].to(D.dtype, copy=True),
+        dbias[0].to(dt_bias.dtype, copy=True),
     )
 
 

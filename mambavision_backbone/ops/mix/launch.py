@@ -1,0 +1,74 @@
+"""The mixer's core by kernels and matrix products, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..conv_silu import launch as conv_silu
+from ..selective_scan.triton.launch import Parameters, scan, scan_backward
+from ..triton_support import compute_dtype
+
+
+class MixFunction(torch.autograd.Function):
+    """``mix`` with gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        xz: Tensor,
+        conv_x: Tensor,
+        conv_z: Tensor,
+        x_proj: Tensor,
+        dt_proj: Tensor,
+        dt_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+    ) -> Tensor:
+        """Arguments as in ``mix``, the projections by their weights."""
+        dtype = compute_dtype(xz)
+        ctx.dtypes = [t.dtype for t in (xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D)]
+        xz, x_proj, dt_proj = xz.to(dtype), x_proj.to(dtype), dt_proj.to(dtype)
+        batch, seqlen, dim2 = xz.shape
+        rank, dim, dstate = dt_proj.shape[1], dim2 // 2, A_log.shape[1]
+        x = torch.empty(batch, seqlen, dim, dtype=dtype, device=xz.device)
+        yz = torch.empty(batch, seqlen, dim2, dtype=dtype, device=xz.device)
+        y, z = yz.chunk(2, 2)
+        conv_silu.forward(xz, conv_x, conv_z, x, z)
+        dt_BC = torch.mm(x.view(-1, dim), x_proj.t())
+        dt = torch.mm(dt_BC[:, :rank], dt_proj.t()).view(batch, seqlen, dim)
+        _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
+        # The bias is the projection's and once more the scan's.
+        parameters = Parameters(A_log, D, dt_bias, log_A=True, biases=2)
+        scan(x, dt, B, C, parameters, y)
+        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, *parameters[:3], x, dt, dt_BC)
+        return yz
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all inputs."""
+        xz, conv_x, conv_z, x_proj, dt_proj, A_log, D, dt_bias, x, dt, dt_BC = ctx.saved_tensors
+        batch, seqlen, dim = x.shape
+        rank, dstate = dt_proj.shape[1], A_log.shape[1]
+        dy, dz = dyz.chunk(2, 2)
+        _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
+        parameters = Parameters(A_log, D, dt_bias, log_A=True, biases=2)
+        grads = scan_backward(dy, x, dt, B, C, parameters)
+
+        ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
+        ddt_BC = torch.empty_like(dt_BC)
+        torch.mm(ddt, dt_proj, out=ddt_BC[:, :rank])
+        dBC = ddt_BC[:, rank:].view(batch, seqlen, 2, dstate)
+        dBC.copy_(grads.BC.sum(2).permute(1, 2, 0, 3))
+        dx.addmm_(ddt_BC, x_proj)
+        dxz, dconv_x, dconv_z = conv_silu.backward(grads.u, dz, xz, conv_x, conv_z)
+        dA_log, dD, dbias = grads.parameters.split([dstate, 1, 1])
+        given = (
+            dxz, dconv_x, dconv_z, ddt_BC.t() @ x.view(-1, dim), ddt.t() @ dt_BC[:, :rank],
+            dbias[0], dA_log.t(), dD[0],
+        )  # fmt: skip
+        return tuple(grad.to(dtype) for grad, dtype in zip(given, ctx.dtypes, strict=True))
