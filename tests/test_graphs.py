@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,6 +275,53 @@ def test_drop_path_is_drawn_anew(device: str, tiny_arch: dict[str, Any]) -> None
         losses.append(loss.item())
     assert model._graphs._passes
     assert len(set(losses[2:])) > 2
+
+
+def train_in_parallel(rank: int, meeting: str, arch: dict[str, Any]) -> None:
+    """One of two processes: the same gradients with graphs and without, averaged over both."""
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl", f"file://{meeting}", rank=rank, world_size=2)
+    models = pair(arch, 2, f"cuda:{rank}")
+    parallel = [nn.parallel.DistributedDataParallel(m, device_ids=[rank]) for m in models]
+    flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.backends.cudnn.flags(enabled=True, **flags):
+        for step, hw in enumerate([A, B, A, B, A, B]):
+            for model in parallel:
+                model.zero_grad()
+                loss_of(model, images(hw, 10 * rank + step), torch.float16).backward()
+            assert same(*models), step
+    assert len(models[0]._graphs._passes) == 2
+    grad = models[0].patch_embed.conv_down[0].weight.grad
+    grads = [torch.empty_like(grad) for _ in range(2)]
+    torch.distributed.all_gather(grads, grad)
+    assert torch.equal(*grads)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_two_gpus(tmp_path: Path, tiny_arch: dict[str, Any]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path / "meeting"), tiny_arch), nprocs=2)
+
+
+@pytest.mark.gpu
+def test_shapes_share_memory(tiny_arch: dict[str, Any]) -> None:
+    """The pool is what the largest shape takes, and leaves no gradients beside it."""
+
+    def kept() -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+
+    before = kept()  # of tests before this one
+    sizes = []
+    model = MambaVision(tiny_arch, graphs=8).cuda()
+    for hw in [(512, 512), (480, 512), (512, 480), (256, 512)]:
+        for step in range(3):
+            loss_of(model, images(hw, step), torch.float16).backward()
+        sizes.append(kept() - before)
+    assert len(model._graphs._passes) == 4
+    assert sizes[-1] < 1.25 * sizes[0]
 
 
 def test_differentiating_twice_is_refused(device: str, tiny_arch: dict[str, Any]) -> None:
