@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 import sys
 import time
@@ -283,6 +284,7 @@ def main() -> None:
     args = parse_args()
     MMLogger.get_instance("mmengine", log_level="ERROR")  # else every weight's start is reported
     facts = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+    facts |= {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF")}
     facts |= {"dtype": args.dtype, "torch": torch.__version__, "commit": commit()}
     rows = []
     for task in args.tasks:

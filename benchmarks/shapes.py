@@ -206,6 +206,7 @@ def main() -> None:
         parser.error("needs a CUDA device; benchmarks/backbone.py measures on a CPU")
     facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
     facts |= {"timm": timm.__version__, "commit": commit()}
+    out = args.out or RESULTS / f"shapes_{args.dtype}.json"
     if "varying" in args.parts:
         facts["varying"] = varying(args)
         for row in facts["varying"]:
@@ -215,6 +216,7 @@ def main() -> None:
                 f" peak {row['peak_mib']:.0f} MiB and {row['graphs_mib']:.0f} of graphs",
                 flush=True,
             )
+        write(out, facts)  # a run may be cut short
     if "growth" in args.parts:
         facts["growth"] = growth(args)
         for row in facts["growth"]:
@@ -223,7 +225,7 @@ def main() -> None:
                 f"{1e3 * row['median_s']:9.2f} ms {row['peak_mib']:7.0f} MiB"
             )
         draw(facts["growth"])
-    write(args.out or RESULTS / f"shapes_{args.dtype}.json", facts)
+        write(out, facts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..triton_support import compute_dtype
 
 
 class MixFunction(torch.autograd.Function):
-    """``mix`` with gradients."""
+    """``mix`` with gradients; keeps xz and dt, B, C at low rank, and computes the rest again."""
 
     @staticmethod
     def forward(
@@ -32,32 +32,28 @@ class MixFunction(torch.autograd.Function):
         dtype = compute_dtype(xz)
         ctx.dtypes = [t.dtype for t in (xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D)]
         xz, x_proj, dt_proj = xz.to(dtype), x_proj.to(dtype), dt_proj.to(dtype)
-        batch, seqlen, dim2 = xz.shape
-        rank, dim, dstate = dt_proj.shape[1], dim2 // 2, A_log.shape[1]
-        x = torch.empty(batch, seqlen, dim, dtype=dtype, device=xz.device)
-        yz = torch.empty(batch, seqlen, dim2, dtype=dtype, device=xz.device)
+        yz = torch.empty_like(xz, memory_format=torch.contiguous_format)
         y, z = yz.chunk(2, 2)
+        x = torch.empty_like(y, memory_format=torch.contiguous_format)
         conv_silu.forward(xz, conv_x, conv_z, x, z)
-        dt_BC = torch.mm(x.view(-1, dim), x_proj.t())
-        dt = torch.mm(dt_BC[:, :rank], dt_proj.t()).view(batch, seqlen, dim)
-        _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
-        # The bias is the projection's and once more the scan's.
-        parameters = Parameters(A_log, D, dt_bias, log_A=True, biases=2)
-        scan(x, dt, B, C, parameters, y)
-        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, *parameters[:3], x, dt, dt_BC)
+        dt_BC = torch.mm(x.flatten(0, 1), x_proj.t())
+        scan(*_tokens(x, dt_BC, dt_proj, A_log.shape[1]), _parameters(A_log, D, dt_bias), y)
+        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC)
         return yz
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
         """Gradients of all inputs."""
-        xz, conv_x, conv_z, x_proj, dt_proj, A_log, D, dt_bias, x, dt, dt_BC = ctx.saved_tensors
+        xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC = ctx.saved_tensors
+        dy, dz = dyz.chunk(2, 2)
+        x, z = torch.empty(2, *dy.shape, dtype=xz.dtype, device=xz.device).unbind()
+        conv_silu.forward(xz, conv_x, conv_z, x, z)
+        del z
         batch, seqlen, dim = x.shape
         rank, dstate = dt_proj.shape[1], A_log.shape[1]
-        dy, dz = dyz.chunk(2, 2)
-        _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
-        parameters = Parameters(A_log, D, dt_bias, log_A=True, biases=2)
-        grads = scan_backward(dy, x, dt, B, C, parameters)
+        tokens = _tokens(x, dt_BC, dt_proj, dstate)
+        grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias))
 
         ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
         ddt_BC = torch.empty_like(dt_BC)
@@ -72,3 +68,19 @@ class MixFunction(torch.autograd.Function):
             dbias[0], dA_log.t(), dD[0],
         )  # fmt: skip
         return tuple(grad.to(dtype) for grad, dtype in zip(given, ctx.dtypes, strict=True))
+
+
+def _tokens(
+    x: Tensor, dt_BC: Tensor, dt_proj: Tensor, dstate: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scan's u, dt, B and C."""
+    batch, seqlen, _ = x.shape
+    rank = dt_proj.shape[1]
+    dt = torch.mm(dt_BC[:, :rank], dt_proj.t()).view(x.shape)
+    _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
+    return x, dt, B, C
+
+
+def _parameters(A_log: Tensor, D: Tensor, dt_bias: Tensor) -> Parameters:
+    """The scan's; the bias is dt's projection's and once more the scan's."""
+    return Parameters(A_log, D, dt_bias, log_A=True, biases=2)
