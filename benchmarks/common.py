@@ -53,8 +53,15 @@ def show(message: str) -> None:
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
 
 
+def keep(out: Path, result: dict[str, Any]) -> Path:
+    """Put what is measured so far beside a JSON file, for a run that is cut short."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    return part
+
+
 def write(out: Path, result: dict[str, Any]) -> None:
     """Put a result into a JSON file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(out, result).replace(out)
     print(f"written to {out}")

@@ -29,7 +29,7 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, commit, device_name, graph_bytes, relative_error, show, write
+from common import RESULTS, commit, device_name, graph_bytes, keep, relative_error, show, write
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
@@ -195,6 +195,8 @@ PASSES = {"inference": inference, "training": training}
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one case."""
+    gc.collect()  # the last case's network, whose graphs would be counted here
+    torch.cuda.empty_cache()
     build, (batch, *hw), passes = CASES[name]
     rows = []
     for pass_ in passes.split():
@@ -283,8 +285,9 @@ def main() -> None:
                 flush=True,
             )
             rows.append(row)
-        write(out, {**facts, "rows": rows, "goals": check_goals(rows)})  # a run may be cut short
-    for goal in check_goals(rows):
+        keep(out, {**facts, "rows": rows})
+    goals = check_goals(rows)
+    for goal in goals:
         line = f"{goal['case']}, {goal['pass']} ({goal['mode']}): {goal['ms']:.2f} ms"
         line += f" (goal {goal['goal_ms']:g})"
         if "mib" in goal:
@@ -292,6 +295,7 @@ def main() -> None:
         if "ratio" in goal:
             line += f", {goal['ratio']:.2f} of {goal['over']} (goal {goal['goal_ratio']:g})"
         print(line)
+    write(out, {**facts, "rows": rows, "goals": goals})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import matplotlib
 import timm
 import torch
-from common import RESULTS, commit, device_name, graph_bytes, show, write
+from common import RESULTS, commit, device_name, graph_bytes, keep, show, write
 from modes import CASES, PASSES, timed
 from torch import nn
 
@@ -216,7 +216,7 @@ def main() -> None:
                 f" peak {row['peak_mib']:.0f} MiB and {row['graphs_mib']:.0f} of graphs",
                 flush=True,
             )
-        write(out, facts)  # a run may be cut short
+        keep(out, facts)
     if "growth" in args.parts:
         facts["growth"] = growth(args)
         for row in facts["growth"]:
@@ -225,7 +225,7 @@ def main() -> None:
                 f"{1e3 * row['median_s']:9.2f} ms {row['peak_mib']:7.0f} MiB"
             )
         draw(facts["growth"])
-        write(out, facts)
+    write(out, facts)
 
 
 if __name__ == "__main__":

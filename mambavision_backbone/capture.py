@@ -24,7 +24,7 @@ class GraphMemory:
         self.buffers: dict[Any, Tensor] = {}
 
     def buffer(self, role: Any, like: Tensor) -> Tensor:
-        """A tensor of like's shape, strides and dtype in the memory of its role, not the pool's."""
+        """A tensor of like's shape, strides and dtype in the memory of its role, which is kept."""
         memory = self.buffers.get(role)
         if memory is None or memory.nbytes < like.nbytes:
             memory = torch.empty(like.nbytes, dtype=torch.uint8, device=self.device)
@@ -35,30 +35,32 @@ class GraphMemory:
     def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Capture what is run inside."""
         # A graph that dies while another one is captured spoils that, so no garbage is collected.
-        gc.collect()
         collects = gc.isenabled()
-        gc.disable()
-        _clear_workspaces()  # no graph may use what lies outside of the pool
         # thread_local: other threads, say a loader's that pins memory, may go on
         captured = torch.cuda.graph(
             graph, self.pool, self.stream, capture_error_mode="thread_local"
         )
         try:
+            gc.collect()
+            gc.disable()
+            _clear_workspaces()  # no graph may use what lies outside of the pool
             with torch.cuda.device(self.device), captured:
                 yield
         finally:
-            _clear_workspaces()
             if collects:
                 gc.enable()
+            _clear_workspaces()
 
 
 def _clear_workspaces() -> None:
     """Give back cuBLAS's memory of all streams: 30 MiB for each thread that runs products.
 
     Kernels that were captured go on with theirs in the pool, which is free for other graphs then.
+    PyTorch can do it for the whole process only, and does it itself for ``torch.compile``.
     """
-    if torch.cuda.is_available():
-        torch._C._cuda_clearCublasWorkspaces()
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear and torch.cuda.is_available():
+        clear()
 
 
 def unowned(tensor: Tensor) -> Tensor:

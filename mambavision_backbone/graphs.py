@@ -81,7 +81,7 @@ class TrainingGraphs:
         return _Replay.apply(captured, ticket, x, *captured.weights)
 
     def buffers(self) -> list[Tensor]:
-        """What is kept on the GPU beside the graphs' own memory, to pass tensors by."""
+        """What tensors are passed by, kept on the GPU and counted as allocated."""
         return list(self._memory.buffers.values()) if self._memory else []
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .ops.triton_support import traced
 
 logger = logging.getLogger("mambavision_backbone")
 
+_ONE_AT_A_TIME = threading.Lock()  # threads: graphs share their memory
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -123,14 +125,16 @@ class FastBackbone(nn.Module):
             if graph is None:
                 return self.net(x)
             self._graphs[key] = graph
-        graph.x.copy_(x)
-        graph.graph.replay()
-        return tuple(out.clone() for out in graph.outs)
+        with _ONE_AT_A_TIME:
+            graph.x.copy_(x)
+            graph.graph.replay()
+            return tuple(out.clone() for out in graph.outs)
 
     def _try_capture(self, x: Tensor) -> _Graph | None:
         current = torch.cuda.current_stream(x.device)
         try:
-            return self._capture(x)
+            with _ONE_AT_A_TIME:
+                return self._capture(x)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # an invalid capture does not give it back
             self.max_graphs = len(self._graphs)
@@ -144,7 +148,7 @@ class FastBackbone(nn.Module):
         stream = self._memory.stream
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.device(x.device), torch.cuda.stream(stream):
-            self.net(static.copy_(x))  # libraries choose algorithms and allocate workspaces
+            self.net(static.copy_(x))  # libraries choose algorithms
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with self._memory.capture(graph):

@@ -58,7 +58,7 @@ def test_backends_know_neither_each_other_nor_the_api() -> None:
     others = {f for f in users_of("triton") if not f.endswith(loaded_at_first_use)}
     assert others == {"ops/triton_support.py"}  # asks for it in a function
     assert users_of(f"{scan}.schema") == {"ops/selective_scan/api.py"}
-    assert users_of(scan) >= {"layers/mixer.py", "backbone.py"}
+    assert users_of(scan) >= {"ops/mix/__init__.py", "backbone.py"}
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

@@ -10,7 +10,9 @@ from .windows import Crop
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, C) → (B, L, C); no position embedding, no mask.
+    """Multi-head self-attention, (B, L, C) → same, and a bias to be added or None.
+
+    No position embedding, no mask.
 
     Args:
         dim: C.

@@ -67,7 +67,8 @@ class TokenBlock(nn.Module):
 
     Args:
         dim: C.
-        mixer: module on (B·windows, L, C); takes ``keep`` as the block does.
+        mixer: module on (B·windows, L, C) that takes ``keep`` as the block does and returns tokens
+            and a bias that is still to be added to them, or None.
         mlp_ratio: hidden width of the MLP over C.
         drop_path: probability of skipping a branch, per window.
         layer_scale: initial value of gamma_1 and gamma_2, or None for no gammas.

@@ -16,7 +16,7 @@ DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial step sizes (Mamba)
 
 
 class MambaVisionMixer(nn.Module):
-    """(B, L, C) → (B, L, C); tokens of a window in raster order.
+    """Tokens of a window in raster order, (B, L, C) → same, and a bias to be added or None.
 
     Two branches of C/2 channels, each through a depthwise convolution of width 3 and SiLU; one is
     scanned, then both are concatenated and projected. Source: arXiv 2407.08083, section 3.2.
@@ -52,7 +52,7 @@ class MambaVisionMixer(nn.Module):
             self.D.fill_(1.0)
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             steps = torch.empty(self.dim_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
-            # The bias enters twice (see forward), so half of softplus's inverse each time.
+            # The bias enters twice (see ops.mix), so half of softplus's inverse each time.
             self.dt_proj.bias.copy_(torch.log(torch.expm1(steps)) / 2)
 
     def forward(self, x: Tensor, keep: Crop | None = None) -> tuple[Tensor, Tensor | None]:

@@ -129,7 +129,7 @@ def launch(
         value: Any = arg
         if isinstance(arg, Tensor):
             value = arg.data_ptr()
-            key.append(arg.dtype)
+            key.append((arg.dtype, arg.is_cuda))  # Triton refuses others, compiled kernels do not
         values.append(value)
         key.append(_specialisation(value))
     compiled = _compiled.get(tuple(key))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.inference import accelerate
+from mambavision_backbone.layers.mixer import MambaVisionMixer
 from tests.conftest import relative_error
 
 pytest.importorskip("triton")
@@ -25,9 +26,12 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def set_fused(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+def set_fused(monkeypatch: pytest.MonkeyPatch, model: MambaVision, fused: bool) -> None:
     for name in MODULES:
         monkeypatch.setattr(sys.modules[OPS + name], "fusible", lambda _: fused)
+    for module in model.modules():
+        if isinstance(module, MambaVisionMixer):
+            module.scan_backend = "triton" if fused else "chunked"
 
 
 def run(model: MambaVision, x: Tensor) -> dict[str, Tensor]:
@@ -53,9 +57,9 @@ def test_training(
     model = MambaVision(arch, window_mode=mode, drop_path_rate=0.3).to(DEVICE)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(2, 3, 40, 48, device=DEVICE)
-    set_fused(monkeypatch, True)
+    set_fused(monkeypatch, model, True)
     got = run(model, x)
-    set_fused(monkeypatch, False)
+    set_fused(monkeypatch, model, False)
     model.load_state_dict(state)
     plain = run(model, x)
     model.double().load_state_dict(state)
@@ -73,7 +77,7 @@ def test_inference(tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     x = torch.randn(2, 3, 40, 48, device=DEVICE)
     with torch.no_grad():
         wanted = model(x)
-        set_fused(monkeypatch, True)
+        set_fused(monkeypatch, model, True)
         for net in (model, accelerate(model, torch.float32)):
             for a, b in zip(net(x), wanted, strict=True):
                 assert a.is_contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision_backbone.ops import layer_norm as package
-from mambavision_backbone.ops.layer_norm import add_norm, map_norm, norm
+from mambavision_backbone.ops.layer_norm import add, add_norm, map_norm, norm
 from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the kernels are interpreted
@@ -123,6 +123,11 @@ def test_the_stream_keeps_float32_where_layer_scale_is(monkeypatch: pytest.Monke
     assert (total > 1).all()
     total, normed = add_norm(x, y, make_layer(4).to(DEVICE), None, None)
     assert total.dtype == normed.dtype == torch.float16
+
+
+def test_a_bias_does_not_widen_the_stream() -> None:
+    x, y = torch.ones(2, 1, 2, 4, dtype=torch.float16)
+    assert add(x, y, None, None, torch.ones(4)).dtype == torch.float16
 
 
 LAYOUTS = {

@@ -69,13 +69,33 @@ def test_other_backends_and_layers_that_stand_in_are_used(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(package, "fusible", lambda _: True)
     monkeypatch.setattr(package, "call", lambda *_: pytest.fail("this is another computation"))
-    xz = torch.randn(1, 5, 8)
-    weights = Weights(4, 2, 8)
-    plain = weights(xz, "reference")
+    xz = torch.randn(1, 5, 8, device=DEVICE)
+    weights = Weights(4, 2, 8).to(DEVICE)
+    wanted = weights(xz, "reference")
+    weights.x_proj.register_forward_hook(lambda *_: None)
+    assert relative_error(weights(xz, "triton"), wanted) < 1e-5
     doubled = Doubled(4, 18, bias=False)
     doubled.weight = nn.Parameter(weights.x_proj.weight.detach() / 2)
     weights.x_proj = doubled
-    assert relative_error(weights(xz, "triton"), plain) < 1e-5
+    assert relative_error(weights(xz, "triton"), wanted) < 1e-5
+
+
+def test_frozen_weights_and_a_backward_pass_under_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(package, "fusible", lambda _: True)
+    weights = Weights(12, 3, 8).to(DEVICE)
+    xz, dyz = torch.randn(2, 2, 9, 24, device=DEVICE)
+    _, wanted, *grads = with_gradients(xz, weights, dyz, "triton")
+    frozen = weights.x_proj.requires_grad_(False)
+    leaf = xz.detach().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, enabled=False):
+            y = weights(leaf, "triton")
+        y.backward(dyz)
+    assert torch.equal(leaf.grad, wanted)
+    assert torch.equal(weights.D.grad, grads[-1])
+    assert frozen.weight.grad is None
 
 
 @pytest.mark.gpu

@@ -90,7 +90,9 @@ def test_attention_is_the_networks(
     kept_width = (
         grid.crop()[1].size[1] if block == len(backbone.levels[stage - 1].blocks) else width
     )
-    real = outputs[0][number, local[0] * kept_width + local[1]].double()
+    out, bias = outputs[0]
+    out = out if bias is None else out + bias
+    real = out[number, local[0] * kept_width + local[1]].double()
     torch.testing.assert_close(output[number, index], real, rtol=1e-5, atol=1e-5)
     values = attention.qkv(tokens[attention][number]).chunk(3, dim=1)[2]
     mixed = torch.einsum("hl,lhd->hd", weights, values.unflatten(1, (attention.num_heads, -1)))

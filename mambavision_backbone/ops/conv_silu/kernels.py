@@ -23,11 +23,11 @@ def taps(p, m):
 def forward(
     p_xz, p_wx, p_wz, p_x, p_z,
     s_xz, s_x, s_z, rows, L, D,
-    BR: tl.constexpr, BD: tl.constexpr,
+    BRANCHES: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write x = silu(conv(xz[:, :D], wx)), z = silu(conv(xz[:, D:], wz))."""
-    branch = tl.program_id(1) % 2
-    i_d = (tl.program_id(1) // 2) * BD + tl.arange(0, BD)[None, :]
+    """Write x = silu(conv(xz[:, :D], wx)) and, of 2 branches, z = silu(conv(xz[:, D:], wz))."""
+    branch = tl.program_id(1) % BRANCHES
+    i_d = (tl.program_id(1) // BRANCHES) * BD + tl.arange(0, BD)[None, :]
     i_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     m_d = i_d < D
     m = (i_r < rows) & m_d

@@ -15,19 +15,24 @@ BLOCK_ROWS, BLOCK_D, WARPS = 32, 32, 4
 TILES = 4  # of rows for a program of the backward kernel
 
 
-def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor) -> None:
-    """Write ``conv_silu`` into x and z, whose channels are contiguous and rows evenly spaced."""
+def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor | None) -> None:
+    """Write ``conv_silu`` into x and z, whose channels are contiguous and rows evenly spaced.
+
+    Without z only the first branch is computed.
+    """
+    branches = 1 if z is None else 2
+    z = x if z is None else z
     seqlen, dim = x.shape[1:]
     xz, s_xz = rows_of(xz)
     rows = len(xz)
     launch(
         kernels.forward,
-        (ceil_div(rows, BLOCK_ROWS), 2 * ceil_div(dim, BLOCK_D), 1),
+        (ceil_div(rows, BLOCK_ROWS), branches * ceil_div(dim, BLOCK_D), 1),
         (
             xz, weight_x.contiguous(), weight_z.contiguous(), x, z,
             s_xz, x.stride(1), z.stride(1), rows, seqlen, dim,
         ),
-        (BLOCK_ROWS, BLOCK_D),
+        (branches, BLOCK_ROWS, BLOCK_D),
         WARPS,
     )  # fmt: skip
 

@@ -75,7 +75,7 @@ def add(
 ) -> Tensor:
     """``x + factor * gamma * (y + bias)``; arguments as in :func:`add_norm`."""
     if bias is not None:
-        y = y + bias
+        y = y + bias.to(y.dtype)
     if gamma is not None:
         y = y * gamma
     return x + y if factor is None else torch.addcmul(x, y, factor)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..triton_support import call, fusible
 
 
+def plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is a linear one and nothing else: no adapter, no pruning, no hooks."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """``layer(x)`` of tokens in two parts: a tensor, and a bias still to be added to it, or None.
 
-    On a GPU a kernel that reads the product anyway adds the bias in passing, and sums its gradient.
+    On a GPU ``add_norm`` adds the bias in passing, and sums its gradient.
     """
-    if type(layer) is nn.Linear and fusible(x):
+    if plain(layer) and fusible(x):
         return F.linear(x, layer.weight), layer.bias
     return layer(x), None
 
@@ -25,10 +32,10 @@ def linear(x: Tensor, layer: nn.Linear, part: slice | None = None) -> Tensor:
 
     Args:
         x: (B, L, C); rows may be spaced.
-        layer: with a bias; one that stands in for a linear layer (an adapter's, say) is called.
+        layer: with a bias; one that is not ``plain`` is called.
         part: of the D outputs, those to compute.
     """
-    if type(layer) is not nn.Linear:
+    if not plain(layer):
         y = layer(x)
         return y if part is None else y[..., part]
     weight: Tensor = layer.weight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conv_silu import conv_silu
-from ..linear import linear
+from ..linear import linear, plain
 from ..selective_scan import choose_backend, selective_scan
 from ..triton_support import call, fusible
 
@@ -39,8 +39,8 @@ def mix(
     Returns:
         (B, L, 2D): the scanned branch, then the other.
     """
-    projections = type(x_proj) is type(dt_proj) is nn.Linear
-    if projections and fusible(xz) and choose_backend(backend, xz, A_log) == "triton":
+    fused = plain(x_proj) and plain(dt_proj) and fusible(xz)
+    if fused and choose_backend(backend, xz, A_log) == "triton":
         from .launch import MixFunction
 
         weights = (x_proj.weight, dt_proj.weight, dt_proj.bias)

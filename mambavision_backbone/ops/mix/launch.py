@@ -45,29 +45,34 @@ class MixFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
         """Gradients of all inputs."""
-        xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC = ctx.saved_tensors
-        dy, dz = dyz.chunk(2, 2)
-        x, z = torch.empty(2, *dy.shape, dtype=xz.dtype, device=xz.device).unbind()
-        conv_silu.forward(xz, conv_x, conv_z, x, z)
-        del z
-        batch, seqlen, dim = x.shape
-        rank, dstate = dt_proj.shape[1], A_log.shape[1]
-        tokens = _tokens(x, dt_BC, dt_proj, dstate)
-        grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias))
+        # Products into given tensors are not autocast's, others are: no mixture of the two.
+        with torch.autocast(dyz.device.type, enabled=False):
+            return _backward(ctx, dyz)
 
-        ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
-        ddt_BC = torch.empty_like(dt_BC)
-        torch.mm(ddt, dt_proj, out=ddt_BC[:, :rank])
-        dBC = ddt_BC[:, rank:].view(batch, seqlen, 2, dstate)
-        dBC.copy_(grads.BC.sum(2).permute(1, 2, 0, 3))
-        dx.addmm_(ddt_BC, x_proj)
-        dxz, dconv_x, dconv_z = conv_silu.backward(grads.u, dz, xz, conv_x, conv_z)
-        dA_log, dD, dbias = grads.parameters.split([dstate, 1, 1])
-        given = (
-            dxz, dconv_x, dconv_z, ddt_BC.t() @ x.view(-1, dim), ddt.t() @ dt_BC[:, :rank],
-            dbias[0], dA_log.t(), dD[0],
-        )  # fmt: skip
-        return tuple(grad.to(dtype) for grad, dtype in zip(given, ctx.dtypes, strict=True))
+
+def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
+    xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC = ctx.saved_tensors
+    dy, dz = dyz.chunk(2, 2)
+    x = torch.empty(dy.shape, dtype=xz.dtype, device=xz.device)
+    conv_silu.forward(xz, conv_x, conv_z, x, None)
+    batch, seqlen, dim = x.shape
+    rank, dstate = dt_proj.shape[1], A_log.shape[1]
+    tokens = _tokens(x, dt_BC, dt_proj, dstate)
+    grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias))
+
+    ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
+    ddt_BC = torch.empty_like(dt_BC)
+    torch.mm(ddt, dt_proj, out=ddt_BC[:, :rank])
+    dBC = ddt_BC[:, rank:].view(batch, seqlen, 2, dstate)
+    dBC.copy_(grads.BC.sum(2).permute(1, 2, 0, 3))
+    dx.addmm_(ddt_BC, x_proj)
+    dxz, dconv_x, dconv_z = conv_silu.backward(grads.u, dz, xz, conv_x, conv_z)
+    dA_log, dD, dbias = grads.parameters.split([dstate, 1, 1])
+    given = (
+        dxz, dconv_x, dconv_z, ddt_BC.t() @ x.view(-1, dim), ddt.t() @ dt_BC[:, :rank],
+        dbias[0], dA_log.t(), dD[0],
+    )  # fmt: skip
+    return tuple(grad.to(dtype) for grad, dtype in zip(given, ctx.dtypes, strict=True))
 
 
 def _tokens(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from timm.layers import Mlp
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..linear import product
+from ..linear import plain, product
 from ..triton_support import fusible, traced
 
 
@@ -19,7 +19,7 @@ def mlp(x: Tensor, layer: Mlp) -> tuple[Tensor, Tensor | None]:
     which differs by less than a rounding.
     """
     fc1, fc2 = layer.fc1, layer.fc2
-    if not type(fc1) is type(fc2) is nn.Linear:
+    if not (plain(fc1) and plain(fc2)):
         return layer(x), None
     if torch.is_grad_enabled():
         if fusible(x):
