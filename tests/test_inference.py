@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -103,3 +104,19 @@ def test_graphs_change_nothing_and_are_bounded(model: MambaVision) -> None:
     assert set(fast._graphs) == {(1, 3, 64, 64), (1, 3, 64, 96)}
     for got, wanted in kept:  # later replays wrote elsewhere
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_two_threads(model: MambaVision) -> None:
+    """Graphs of all shapes share their memory: threads wait for each other."""
+    fast = accelerate(model.cuda(), graphs=2)
+    inputs = [torch.randn(1, 3, 64, width, device="cuda") for width in (64, 96)]
+    for _ in range(2):
+        wanted = [fast(x) for x in inputs]
+
+    def same(i: int) -> bool:
+        maps = fast(inputs[i])
+        return all(torch.equal(a, b) for a, b in zip(maps, wanted[i], strict=True))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(same, [0, 1] * 200))
