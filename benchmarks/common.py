@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import subprocess
@@ -39,6 +40,12 @@ def graph_bytes() -> int:
     segments = torch.cuda.memory_snapshot()
     own = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
     return sum(s["total_size"] - s["allocated_size"] for s in own)
+
+
+def free() -> None:
+    """Give back what the last measurement left."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def read_logs(folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import os
 import statistics
 import time
@@ -29,7 +28,17 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, commit, device_name, graph_bytes, keep, relative_error, show, write
+from common import (
+    RESULTS,
+    commit,
+    device_name,
+    free,
+    graph_bytes,
+    keep,
+    relative_error,
+    show,
+    write,
+)
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
@@ -195,8 +204,7 @@ PASSES = {"inference": inference, "training": training}
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one case."""
-    gc.collect()  # the last case's network, whose graphs would be counted here
-    torch.cuda.empty_cache()
+    free()  # the last case's network, whose graphs would be counted here
     build, (batch, *hw), passes = CASES[name]
     rows = []
     for pass_ in passes.split():
@@ -219,8 +227,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             del run, build_run  # with the graph that it may hold
             model.zero_grad(set_to_none=True)
             torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+            free()
     return rows
 
 

@@ -16,7 +16,6 @@ PyTorch allocates and what graphs keep for themselves.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import matplotlib
 import timm
 import torch
-from common import RESULTS, commit, device_name, graph_bytes, keep, show, write
+from common import RESULTS, commit, device_name, free, graph_bytes, keep, show, write
 from modes import CASES, PASSES, timed
 from torch import nn
 
@@ -55,12 +54,6 @@ def images(batch: int, height: int, width: int) -> torch.Tensor:
     """Random images."""
     x = torch.randn(batch, 3, height, width, device="cuda")
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def free() -> None:
-    """Give back what the last measurement left."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def growth(args: argparse.Namespace) -> list[dict[str, Any]]:

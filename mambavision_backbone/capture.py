@@ -31,6 +31,11 @@ class GraphMemory:
             self.buffers[role] = memory  # graphs that use the old one keep it
         return memory[: like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
 
+    def image(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The buffer that images of x's shape are passed by, channels-last."""
+        like = torch.empty_like(x, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        return self.buffer("x", like)
+
     @contextmanager
     def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Capture what is run inside."""

@@ -159,7 +159,7 @@ class _Pass:
         # Kept, so that nothing else gets their identity; the network, which keeps this, is not.
         modules = [module for module in network.modules() if module is not network]
         self._known = [*modules, *network.parameters(), *network.buffers()]
-        self.x = memory.buffer("x", _like_input(x))
+        self.x = memory.image(x, _input_dtype(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _other_leaves(network, self.weights) as leaves:
             with memory.capture(self._forward), _autocast():
@@ -269,12 +269,11 @@ def _laid_out_as(grad: Tensor | None, weight: Tensor) -> Tensor | None:
     return torch.empty_like(weight).copy_(grad)
 
 
-def _like_input(x: Tensor) -> Tensor:
+def _input_dtype(x: Tensor) -> torch.dtype:
     """What the first convolution reads: under autocast half as much."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cuda")
-    return torch.empty_like(x, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cuda")
+    return x.dtype
 
 
 def _autocast() -> torch.autocast:

@@ -143,8 +143,7 @@ class FastBackbone(nn.Module):
 
     def _capture(self, x: Tensor) -> _Graph:
         self._memory = self._memory or GraphMemory(x.device)
-        like_x = torch.empty_like(x, device="meta", memory_format=torch.channels_last)
-        static = self._memory.buffer("x", like_x)
+        static = self._memory.image(x, x.dtype)
         stream = self._memory.stream
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.device(x.device), torch.cuda.stream(stream):

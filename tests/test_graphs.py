@@ -307,7 +307,7 @@ def test_two_gpus(tmp_path: Path, tiny_arch: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 def test_shapes_share_memory(tiny_arch: dict[str, Any]) -> None:
-    """The pool is what the largest shape takes, and leaves no gradients beside it."""
+    """The pool is little more than what the largest shape takes."""
 
     def kept() -> int:
         segments = torch.cuda.memory_snapshot()

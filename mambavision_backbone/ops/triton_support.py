@@ -123,18 +123,19 @@ def launch(
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, warps)
-    key: list[Any] = [id(kernel), constants, warps, device]
+    facts: list[Any] = [id(kernel), constants, warps, device]
     values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
     for arg in args:
         value: Any = arg
         if isinstance(arg, Tensor):
             value = arg.data_ptr()
-            key.append((arg.dtype, arg.is_cuda))  # Triton refuses others, compiled kernels do not
+            facts.append((arg.dtype, arg.is_cuda))  # Triton refuses others, compiled kernels do not
         values.append(value)
-        key.append(_specialisation(value))
-    compiled = _compiled.get(tuple(key))
+        facts.append(_specialisation(value))
+    key = tuple(facts)
+    compiled = _compiled.get(key)
     if compiled is None or not _starts_compiled[0]:
-        _compiled[tuple(key)] = kernel[grid](*args, *constants, num_warps=warps)
+        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
     else:
         compiled[grid](*values, *constants)
     return None
