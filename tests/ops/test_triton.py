@@ -25,6 +25,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if backend.interpreted():
         monkeypatch.setattr(launch, "MIN_CHUNK", 8)
         monkeypatch.setattr(launch, "BLOCK_D", 4)
+        monkeypatch.setattr(launch, "CARRY_CHUNKS", 2)
+        for name, size in (("TOKENS", 16), ("ROWS", 2), ("COLUMNS", 4)):
+            monkeypatch.setattr(launch, f"FINISH_{name}", size)
 
 
 def make_inputs(batch: int, seqlen: int, dim: int, dstate: int, draw: int = 0) -> list[Tensor]:

@@ -58,19 +58,17 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
     batch, seqlen, dim = x.shape
     rank, dstate = dt_proj.shape[1], A_log.shape[1]
     tokens = _tokens(x, dt_BC, dt_proj, dstate)
-    grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias))
+    ddt_BC = torch.empty_like(dt_BC)
+    _, dB, dC = ddt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
+    grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias), (dB, dC))
 
     ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
-    ddt_BC = torch.empty_like(dt_BC)
     torch.mm(ddt, dt_proj, out=ddt_BC[:, :rank])
-    dBC = ddt_BC[:, rank:].view(batch, seqlen, 2, dstate)
-    dBC.copy_(grads.BC.sum(2).permute(1, 2, 0, 3))
     dx.addmm_(ddt_BC, x_proj)
     dxz, dconv_x, dconv_z = conv_silu.backward(grads.u, dz, xz, conv_x, conv_z)
-    dA_log, dD, dbias = grads.parameters.split([dstate, 1, 1])
     given = (
         dxz, dconv_x, dconv_z, ddt_BC.t() @ x.view(-1, dim), ddt.t() @ dt_BC[:, :rank],
-        dbias[0], dA_log.t(), dD[0],
+        grads.dt_bias, grads.A, grads.D,
     )  # fmt: skip
     return tuple(grad.to(dtype) for grad, dtype in zip(given, ctx.dtypes, strict=True))
 

@@ -3,13 +3,13 @@
 A sequence is cut into chunks of T tokens, and one program walks through one chunk of BD channels in
 tiles of S tokens. Tiles are (S, BN, BD) in registers: a thread owns a channel and holds the tile's
 tokens and states, so the recurrence over tokens (spelled out on halves of halves of a tile: tl's
-own scan shuffles lanes when reversed) and the sums over states stay inside a thread. Only the sums
-over channels (gradients of B and C) cross threads.
+own scan shuffles lanes when reversed) and the sums over states stay inside a thread. Sums over
+channels (gradients of B and C) are taken of tiles turned round, (BD, S · BN).
 
 Chunks are independent once their incoming states are known: ``chunk_ends`` finds what every chunk
 does to its incoming state, ``carry`` runs over the chunks, ``forward`` and ``backward`` do the
-rest. With one chunk only the latter are needed. There are no atomics, so results do not depend on
-the order of programs.
+rest, ``finish`` sums the gradients' parts. With one chunk ``chunk_ends`` and ``carry`` are not
+needed. There are no atomics, so results do not depend on the order of programs.
 
 Names: ``p_`` pointer, ``s_`` stride in elements (``sb_`` of the batch), ``i_`` index, ``m_`` mask;
 L seqlen, D dim, N dstate. With LOG_A, p_A holds log(-A) and dparam its gradient; p_bias is added
@@ -134,6 +134,22 @@ def load(p, o, m):
 
 
 @triton.jit
+def settle(x):
+    """x (two axes), held by the compiler in one layout and copied from there to others.
+
+    It would else compute x in every layout that is wanted, from the loads on, but it does not look
+    through a reduction, be it of an axis of one.
+    """
+    return tl.sum(x[None, :, :], 0)
+
+
+@triton.jit
+def turn(x):
+    """(S, BN, BD) → (BD, S · BN)."""
+    return tl.trans(settle(tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))))
+
+
+@triton.jit
 def by_channel(x):
     """(S, BD) → (S, 1, BD)."""
     return x[:, None, :]
@@ -170,16 +186,16 @@ def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
 @triton.jit
 def chunk_ends(
     p_u, p_dt, p_A, p_B, p_C, p_bias, p_dy,
-    p_h, p_r, p_sum,
+    p_h, p_r, p_decay,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, BACK: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Of every chunk: its last state from a zero state, and the sum of Δ.
+    """Of every chunk: its last state from a zero state, and what is left of a state before it.
 
     With BACK also the gradient that reaches the state before the chunk, if none comes from behind.
-    Writes h, r and sum (the same for all states), each (batch · chunks, N, D).
+    Writes h, r and decay, each (batch · chunks, N, D).
     """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
@@ -196,69 +212,65 @@ def chunk_ends(
 
     h = tl.zeros((1, BN, BD), tl.float32)
     r = tl.zeros((1, BN, BD), tl.float32)
-    total = tl.zeros((1, BN, BD), tl.float32)  # the same for all states
+    total = tl.zeros((1, BD), tl.float32)
     stop = tl.minimum(i_c * T + T, L)
     for t in range(i_c * T, stop, S):
         i_t = t + i_s
         m_t = i_t < stop
         m_td, m_tn = m_t & m_d, m_t & m_n
         _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
-        delta = by_channel(delta)
-        delta_u = delta * by_channel(load(p_u, i_t * s_u + i_d, m_td))
-        B = load(p_B, i_t * s_B + i_n, m_tn)
-        a = tl.exp2(delta * A)
-        _ps, _hs, h = states(a, delta_u * by_state(B), h, S)
+        delta = settle(delta)
+        delta_u = delta * load(p_u, i_t * s_u + i_d, m_td)
+        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
+        a = tl.exp2(by_channel(delta) * A)
+        _ps, _hs, h = states(a, by_channel(delta_u) * by_state(B), h, S)
         if BACK:
-            C = load(p_C + i_b * sb_C, i_t * s_C + i_n, m_tn)
+            C = settle(load(p_C + i_b * sb_C, i_t * s_C + i_n, m_tn))
             dy = load(p_dy + i_b * sb_dy, i_t * s_dy + i_d, m_td)
             _gs, end = grads4(a, by_state(C) * by_channel(dy), tl.zeros_like(h))
-            r += tl.exp2(A * total) * end
-        total += tl.sum(tl.broadcast_to(delta, (S, BN, BD)), 0)[None, :, :]
+            r += tl.exp2(A * by_channel(total)) * end
+        total += tl.sum(delta, 0)[None, :]
     i_chunk = i_b * tl.num_programs(0) + i_c
     o_nd = i_chunk * N * D + i_nd
     tl.store(p_h + o_nd, tl.sum(h, 0), mask=m_nd)  # a sum of one: it takes the axis away
-    tl.store(p_sum + o_nd, tl.sum(total, 0), mask=m_nd)
+    tl.store(p_decay + o_nd, tl.sum(tl.exp2(A * by_channel(total)), 0), mask=m_nd)
     if BACK:
         tl.store(p_r + o_nd, tl.sum(r, 0), mask=m_nd)
 
 
 @triton.jit
-def carry(
-    p_h, p_r, p_A, p_sum, p_h_in, p_r_in,
-    chunks, D, N,
-    LOG_A: tl.constexpr, BACK: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """States before every chunk from ``chunk_ends``; with BACK also gradients behind every chunk.
+def carry(p_decay, p_ends, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
+    """From what ``chunk_ends`` writes: states behind every chunk, gradients before every chunk.
 
-    One program takes all chunks (at most BK) of a state n and BD channels.
+    They replace h and r, which lie one behind the other from p_ends on. One program walks through
+    the chunks of BD channels of a state, BK at a time, for r from the last one on.
     """
-    i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_n, back = tl.program_id(1) % N, tl.program_id(1) // N
+    i_b = tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(0) * BD + tl.arange(0, BD)[None, :]
     i_k = tl.arange(0, BK)[:, None]
-    m = (i_k < chunks) & (i_d < D)
-    A = load_decay(p_A, i_d * N + i_n, i_d < D, LOG_A)
-    i_chunk = i_b * chunks + i_k
-    o = (i_chunk * N + i_n) * D + i_d
-    decay = tl.exp2(A * load(p_sum, o, m))
-    _decay, h = tl.associative_scan((decay, load(p_h, o, m)), 0, compose)
-    zero = tl.zeros((BK, BD), tl.float32)
-    tl.store(p_h_in + o, zero, mask=m & (i_k == 0))
-    tl.store(p_h_in + o + N * D, h, mask=m & (i_k < chunks - 1))
-    if BACK:
-        _decay, r = tl.associative_scan((decay, load(p_r, o, m)), 0, compose, reverse=True)
-        tl.store(p_r_in + o, zero, mask=m & (i_k == chunks - 1))
-        tl.store(p_r_in + o - N * D, r, mask=m & (i_k > 0))
+    p_ends += back * tl.num_programs(2).to(tl.int64) * chunks * N * D
+    carried = tl.zeros((1, BD), tl.float32)
+    for k in range(0, chunks, BK):
+        i_c = k + i_k
+        m = (i_c < chunks) & (i_d < D)
+        i_c = tl.where(back == 1, chunks - 1 - i_c, i_c)
+        o = ((i_b * chunks + i_c) * N + i_n) * D + i_d
+        decay, end = tl.associative_scan((load(p_decay, o, m), load(p_ends, o, m)), 0, compose)
+        end += decay * carried
+        tl.store(p_ends + o, end, mask=m)
+        carried = tl.sum(tl.where(i_k == BK - 1, end, 0.0), 0)[None, :]
 
 
 @triton.jit
 def forward(
-    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_h_in, p_y,
+    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_h, p_y,
     sb_u, sb_dt, sb_B, sb_C, sb_y, s_u, s_dt, s_B, s_C, s_y,
     L, D, N, T,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CHUNKED: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Write y (batch, L, D) of every chunk."""
+    """Write y (batch, L, D) of every chunk; p_h is ``carry``'s."""
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     i_n = tl.arange(0, BN)[None, :]
@@ -277,7 +289,7 @@ def forward(
 
     if CHUNKED:
         i_chunk = i_b * tl.num_programs(0) + i_c
-        h = load(p_h_in + i_chunk * N * D, i_nd, m_nd)[None, :, :]
+        h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
     else:
         h = tl.zeros((1, BN, BD), tl.float32)
     stop = tl.minimum(i_c * T + T, L)
@@ -287,8 +299,8 @@ def forward(
         m_td, m_tn = m_t & m_d, m_t & m_n
         u = load(p_u, i_t * s_u + i_d, m_td)
         _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
-        B = load(p_B, i_t * s_B + i_n, m_tn)
-        C = load(p_C, i_t * s_C + i_n, m_tn)
+        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
+        C = settle(load(p_C, i_t * s_C + i_n, m_tn))
         a = tl.exp2(by_channel(delta) * A)
         _ps, hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
         y = tl.sum(hs * by_state(C), 1) + skip * u
@@ -297,18 +309,19 @@ def forward(
 
 @triton.jit
 def backward(
-    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_h_in, p_r_in,
+    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_h, p_r,
     p_h_tile, p_du, p_ddt, p_dB, p_dC, p_dparam,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CHUNKED: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every chunk.
+    """Gradients of every chunk; p_h and p_r are ``carry``'s.
 
     Walks forward to note the state before each tile in h_tile (batch, tiles, N, D), then backward.
-    Writes du, ddt (batch, L, D); dB, dC as one part for each block of channels, (batch, channel
-    blocks, L, N); and dparam (batch · chunks, N + 2, D): the chunk's dA transposed, dD, ddt_bias.
+    Writes du, ddt (batch, L, D); and to be summed by ``finish``: dB, dC as one part for each block
+    of channels, (batch, channel blocks, L, N), and dparam (batch · chunks, N + 2, D), the chunk's dA
+    transposed, dD, ddt_bias.
     """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
@@ -333,8 +346,9 @@ def backward(
 
     i_chunk = i_b * tl.num_programs(0) + i_c
     if CHUNKED:
-        h = load(p_h_in + i_chunk * N * D, i_nd, m_nd)[None, :, :]
-        r = load(p_r_in + i_chunk * N * D, i_nd, m_nd)[None, :, :]
+        m_behind = m_nd & (i_c < tl.num_programs(0) - 1)
+        h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
+        r = load(p_r + (i_chunk + 1) * N * D, i_nd, m_behind)[None, :, :]
     else:
         h = tl.zeros((1, BN, BD), tl.float32)
         r = tl.zeros((1, BN, BD), tl.float32)
@@ -349,12 +363,16 @@ def backward(
         m_td, m_tn = m_t & m_d, m_t & m_n
         _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
         delta_u = delta * load(p_u, i_t * s_u + i_d, m_td)
-        B = load(p_B, i_t * s_B + i_n, m_tn)
+        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
         _ps, _hs, h = states(
             tl.exp2(by_channel(delta) * A), by_channel(delta_u) * by_state(B), h, S
         )
 
     tl.debug_barrier()  # h_tile is read below
+    # Of a tile turned round: its channels and, side by side, the states of its tokens.
+    i_d_turned = tl.program_id(1) * BD + tl.arange(0, BD)[:, None]
+    j_t = tl.arange(0, S * BN)[None, :] // BN
+    j_n = tl.arange(0, S * BN)[None, :] % BN
     dA = tl.zeros((BN, BD), tl.float32)
     dD = tl.zeros((BD,), tl.float32)
     dbias = tl.zeros((BD,), tl.float32)
@@ -367,31 +385,91 @@ def backward(
         u = load(p_u, i_t * s_u + i_d, m_td)
         dy = load(p_dy, i_t * s_dy + i_d, m_td)
         raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
-        B = load(p_B, i_t * s_B + i_n, m_tn)
-        C = load(p_C, i_t * s_C + i_n, m_tn)
+        delta = settle(delta)
+        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
+        C = settle(load(p_C, i_t * s_C + i_n, m_tn))
         a = tl.exp2(by_channel(delta) * A)
         x = by_channel(delta * u) * by_state(B)
         ps, hs, _h = states(a, x, h, S)
-        g, r = grads4(a, by_state(C) * by_channel(dy), r)
+        i_r = start + k * S + j_t
+        m_r, m_dr = (i_r < stop) & (j_n < N), (i_r < stop) & (i_d_turned < D)
+        # u and dy are loaded again, turned: that makes the compiler turn the tiles.
+        dC = tl.sum(turn(hs) * load(p_dy, i_r * s_dy + i_d_turned, m_dr), 0)
+        tl.store(p_dC + i_r * N + j_n, dC[None, :], m_r)
 
-        ga = g * ps  # the gradient of Δ A
-        dA += tl.sum(ga * by_channel(delta), 0)
+        g, r = grads4(a, by_state(C) * by_channel(dy), r)
         ddu = tl.sum(g * by_state(B), 1)
-        ddt = tl.sum(ga * A, 1) / LOG2E + ddu * u
+        ddt = tl.sum(g * ps * A, 1) / LOG2E + ddu * u
         if SOFTPLUS:
             ddt *= tl.sigmoid(raw)
         ddt = tl.where(m_td, ddt, 0.0)
-        dD += tl.sum(dy * u, 0)
-        dbias += tl.sum(ddt, 0)
         o_td = i_t * D + i_d
         tl.store(p_du + o_td, (ddu * delta + skip * dy).to(p_du.dtype.element_ty), m_td)
         tl.store(p_ddt + o_td, ddt.to(p_ddt.dtype.element_ty), m_td)
-        o_tn = i_t * N + i_n
-        tl.store(p_dB + o_tn, tl.sum(g * by_channel(delta * u), 2), m_tn)
-        tl.store(p_dC + o_tn, tl.sum(hs * by_channel(dy), 2), m_tn)
+        g_delta = g * by_channel(delta)
+        dB = tl.sum(turn(g_delta) * load(p_u, i_r * s_u + i_d_turned, m_dr), 0)
+        tl.store(p_dB + i_r * N + j_n, dB[None, :], m_r)
+        dA += tl.sum(g_delta * ps, 0)
+        dD += tl.sum(dy * u, 0)
+        dbias += tl.sum(ddt, 0)
     if LOG_A:
         dA *= tl.sum(A, 0) / LOG2E
     p_dparam += i_chunk * (N + 2) * D
     tl.store(p_dparam + i_nd, dA, mask=m_nd)
     tl.store(p_dparam + N * D + i_d, dD[None, :], mask=m_d)
     tl.store(p_dparam + (N + 1) * D + i_d, (BIASES * dbias)[None, :], mask=m_d)
+
+
+@triton.jit
+def sum_parameters(
+    p_dparam, p_dA, p_dD, p_dbias, i_c, D, N, rows, BR: tl.constexpr, BC: tl.constexpr
+):
+    """Sum columns i_c (1, BC) of dparam."""
+    total = tl.zeros((BR, BC), tl.float32)
+    for k in range(0, rows, BR):
+        i_r = k + tl.arange(0, BR)[:, None]
+        o = i_r.to(tl.int64) * (N + 2) * D + i_c
+        total += load(p_dparam, o, (i_r < rows) & (i_c < (N + 2) * D))
+    total = tl.sum(total, 0)[None, :]
+    i_n, i_d = i_c // D, i_c % D
+    tl.store(p_dA + i_d * N + i_n, total.to(p_dA.dtype.element_ty), i_n < N)
+    tl.store(p_dD + i_d, total.to(p_dD.dtype.element_ty), i_n == N)
+    tl.store(p_dbias + i_d, total.to(p_dbias.dtype.element_ty), i_n == N + 1)
+
+
+@triton.jit
+def sum_tokens(p_parts, p_sum, sb_sum, s_sum, i_b, i_tn, L, N, parts, BP: tl.constexpr):
+    """Sum elements i_tn (BP,) of dB or dC of one batch item."""
+    m = i_tn < L * N
+    total = tl.zeros((BP,), tl.float32)
+    for part in range(0, parts):
+        total += load(p_parts + (i_b * parts + part) * L * N, i_tn, m)
+    o = i_b * sb_sum + i_tn // N * s_sum + i_tn % N
+    tl.store(p_sum + o, total.to(p_sum.dtype.element_ty), m)
+
+
+@triton.jit
+def finish(
+    p_dB_parts, p_dC_parts, p_dparam, p_dB, p_dC, p_dA, p_dD, p_dbias,
+    sb_dB, sb_dC, s_dB, s_dC,
+    L, D, N, batch, parts, rows, blocks,
+    BP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Sum dB, dC and dparam over their parts.
+
+    The first ``blocks`` programs take BC columns of dparam's ``rows`` each, BR rows at a time, the
+    others BP elements of a batch item's dB or dC.
+    """
+    i_p = tl.program_id(0)
+    if i_p < blocks:
+        i_c = i_p * BC + tl.arange(0, BC)[None, :]
+        sum_parameters(p_dparam, p_dA, p_dD, p_dbias, i_c, D, N, rows, BR, BC)
+    else:
+        i_p -= blocks
+        per = tl.cdiv(L * N, BP)
+        i_b = (i_p // per).to(tl.int64)  # dB's items come first, then dC's
+        i_tn = i_p % per * BP + tl.arange(0, BP)
+        if i_b < batch:
+            sum_tokens(p_dB_parts, p_dB, sb_dB, s_dB, i_b, i_tn, L, N, parts, BP)
+        else:
+            sum_tokens(p_dC_parts, p_dC, sb_dC, s_dC, i_b - batch, i_tn, L, N, parts, BP)

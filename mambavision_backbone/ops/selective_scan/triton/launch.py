@@ -13,8 +13,9 @@ from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
 WARPS = 1
-CARRY_BLOCK_D, CARRY_WARPS = 16, 4  # of the program that holds all chunks
-TILE, TILE_BACK = 8, 4  # tokens a thread holds at a time
+TILE_ENDS, TILE, TILE_BACK = 8, 8, 4  # tokens a thread holds at a time
+CARRY_CHUNKS = 64  # that a program of ``carry`` holds at a time
+FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, FINISH_WARPS = 1024, 64, 32, 4
 PROGRAMS = 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
 MIN_CHUNK, MAX_CHUNKS = 32, 256
 
@@ -91,7 +92,7 @@ def _rows(x: Tensor) -> Tensor:
 def _carry(
     sizes: _Sizes, tokens: tuple[Tensor, ...], parameters: Parameters, dy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """States before every chunk and, with dy, gradients behind every chunk.
+    """States behind every chunk and, with dy, gradients before every chunk.
 
     Returns:
         Two (batch, chunks, dstate, dim) tensors; the second is the first where dy is None.
@@ -99,34 +100,29 @@ def _carry(
     u, dt, B, C = tokens
     back = dy is not None
     dy_ = u if dy is None else dy
-    passes = 2 if back else 1
-    shape = (2 * passes + 1, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
-    scratch = torch.empty(shape, dtype=torch.float32, device=u.device).unbind()
-    ends, carried, sums = scratch[:passes], scratch[passes:-1], scratch[-1]
+    shape = (3 if back else 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
+    decay, *ends = torch.empty(shape, dtype=torch.float32, device=u.device).unbind()
     launch(
         kernels.chunk_ends,
         sizes.grid,
         (
             u, dt, parameters.A, B, C, parameters.dt_bias, dy_,
-            ends[0], ends[-1], sums,
+            ends[0], ends[-1], decay,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, back, *sizes.block, TILE_BACK if back else TILE),
+        (*parameters.options, back, *sizes.block, TILE_BACK if back else TILE_ENDS),
         WARPS,
     )  # fmt: skip
     launch(
         kernels.carry,
-        (ceil_div(sizes.dim, CARRY_BLOCK_D), sizes.dstate, sizes.batch),
-        (
-            ends[0], ends[-1], parameters.A, sums, carried[0], carried[-1],
-            sizes.chunks, sizes.dim, sizes.dstate,
-        ),
-        (parameters.log_A, back, CARRY_BLOCK_D, power_of_2(sizes.chunks)),
-        CARRY_WARPS,
-    )  # fmt: skip
-    return carried[0], carried[-1]
+        (sizes.blocks_d, sizes.dstate * len(ends), sizes.batch),
+        (decay, ends[0], sizes.chunks, sizes.dim, sizes.dstate),
+        (BLOCK_D, min(power_of_2(sizes.chunks), CARRY_CHUNKS)),
+        WARPS,
+    )
+    return ends[0], ends[-1]
 
 
 def scan(
@@ -138,14 +134,14 @@ def scan(
     sizes = _sizes(u, parameters.A)
     if y is None:
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    h_in = y
+    h = y
     if sizes.chunks > 1:
-        h_in, _ = _carry(sizes, (u, dt, B, C), parameters, None)
+        h, _ = _carry(sizes, (u, dt, B, C), parameters, None)
     launch(
         kernels.forward,
         sizes.grid,
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, h_in, y,
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, h, y,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
             *sizes.lengths,
@@ -157,44 +153,56 @@ def scan(
 
 
 class Gradients(NamedTuple):
-    """Of a scan.
-
-    ``BC`` (2, batch, parts, seqlen, dstate), to be summed over its parts, and ``parameters``
-    (dstate + 2, dim), A's transposed, D's and dt_bias's, are in float32.
-    """
+    """Of a scan's tensors, in their dtypes."""
 
     u: Tensor
     dt: Tensor
-    BC: Tensor
-    parameters: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    dt_bias: Tensor
 
 
 def scan_backward(
-    dy: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters
+    dy: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    parameters: Parameters,
+    dBC: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients. States are computed again."""
+    """Gradients; B's and C's into dBC where it is given, whose states are contiguous.
+
+    States are computed again.
+    """
     dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
     parameters = parameters.contiguous()
     sizes = _sizes(u, parameters.A)
     batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
-    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=u.device)
+
+    def like(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-    dBC = scratch(2, batch, blocks_d, seqlen, dstate)
+    dB, dC = dBC or (like(B), like(C))
+    A, D, dt_bias = (like(x) for x in parameters[:3])
+    grads = Gradients(like(u), like(dt), A, dB, dC, D, dt_bias)
+    parts = scratch(2, batch, blocks_d, seqlen, dstate)
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
-    h_in = r_in = du
+    h = r = grads.u
     if chunks > 1:
-        h_in, r_in = _carry(sizes, (u, dt, B, C), parameters, dy)
+        h, r = _carry(sizes, (u, dt, B, C), parameters, dy)
     launch(
         kernels.backward,
         sizes.grid,
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, h_in, r_in,
-            h_tile, du, ddt, dBC[0], dBC[1], dparam,
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, h, r,
+            h_tile, grads.u, grads.dt, parts[0], parts[1], dparam,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
             *sizes.lengths,
@@ -202,7 +210,20 @@ def scan_backward(
         (*parameters.options, chunks > 1, *sizes.block, TILE_BACK),
         WARPS,
     )  # fmt: skip
-    return Gradients(du, ddt, dBC, dparam.sum(0))
+    columns = ceil_div((dstate + 2) * dim, FINISH_COLUMNS)
+    programs = columns + 2 * batch * ceil_div(seqlen * dstate, FINISH_TOKENS)
+    launch(
+        kernels.finish,
+        (programs, 1, 1),
+        (
+            parts[0], parts[1], dparam, grads.B, grads.C, grads.A, grads.D, grads.dt_bias,
+            grads.B.stride(0), grads.C.stride(0), grads.B.stride(1), grads.C.stride(1),
+            seqlen, dim, dstate, batch, blocks_d, batch * chunks, columns,
+        ),
+        (FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS),
+        FINISH_WARPS,
+    )  # fmt: skip
+    return grads
 
 
 def selective_scan(
@@ -232,17 +253,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, dt_bias."""
     grads = scan_backward(dy, u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))
-    dB, dC = grads.BC.sum(2)
-    dA, dD, dbias = grads.parameters.split([A.shape[1], 1, 1])
-    return (
-        grads.u,
-        grads.dt,
-        dA.t().to(A.dtype, copy=True, memory_format=torch.contiguous_format),
-        dB.to(B.dtype, copy=True),
-        dC.to(C.dtype, copy=True),
-        dD[0].to(D.dtype, copy=True),
-        dbias[0].to(dt_bias.dtype, copy=True),
-    )
+    return grads.u, grads.dt, grads.A, grads.B, grads.C, grads.D, grads.dt_bias
 
 
 class SelectiveScanFunction(torch.autograd.Function):
