@@ -25,6 +25,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if backend.interpreted():
         monkeypatch.setattr(launch, "MIN_CHUNK", 8)
         monkeypatch.setattr(launch, "BLOCK_D", 4)
+        monkeypatch.setattr(launch, "FEW_CHUNKS", 2)
         monkeypatch.setattr(launch, "CARRY_CHUNKS", 2)
         for name, size in (("TOKENS", 16), ("ROWS", 2), ("COLUMNS", 4)):
             monkeypatch.setattr(launch, f"FINISH_{name}", size)
@@ -71,7 +72,7 @@ def check(got: list[Tensor], wanted: list[Tensor], limit: float) -> None:
 def test_value_and_gradients(shape: tuple[int, int, int, int], chunks: int) -> None:
     inputs = make_inputs(*shape)
     if backend.interpreted():
-        assert launch._sizes(inputs[0], inputs[2]).chunks == chunks
+        assert launch._sizes(inputs[0], inputs[2], launch.PROGRAMS).chunks == chunks
     dy = torch.randn_like(inputs[0])
     check(compute(dy, inputs), exact(dy, inputs), FLOAT32)
 

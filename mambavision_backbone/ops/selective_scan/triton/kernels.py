@@ -7,8 +7,8 @@ own scan shuffles lanes when reversed) and the sums over states stay inside a th
 channels (gradients of B and C) are taken of tiles turned round, (BD, S · BN).
 
 Chunks are independent once their incoming states are known: ``chunk_ends`` finds what every chunk
-does to its incoming state, ``carry`` runs over the chunks, ``forward`` and ``backward`` do the
-rest, ``finish`` sums the gradients' parts. With one chunk ``chunk_ends`` and ``carry`` are not
+does to its incoming state, ``carry`` runs over the chunks if they are many, ``forward`` and
+``backward`` do the rest, ``finish`` sums the gradients' parts. With one chunk ``chunk_ends`` is not
 needed. There are no atomics, so results do not depend on the order of programs.
 
 Names: ``p_`` pointer, ``s_`` stride in elements (``sb_`` of the batch), ``i_`` index, ``m_`` mask;
@@ -183,16 +183,16 @@ def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
     return load_decay(p_A, i_d * N + i_n, (i_n < N) & (i_d < D), LOG_A)[None, :, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def chunk_ends(
     p_u, p_dt, p_A, p_B, p_C, p_bias, p_dy,
     p_h, p_r, p_decay,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
-    L, D, N, T,
+    L, D, N, T, chunks,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, BACK: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Of every chunk: its last state from a zero state, and what is left of a state before it.
+    """Of chunks: the last state from a zero state, and what is left of a state before the chunk.
 
     With BACK also the gradient that reaches the state before the chunk, if none comes from behind.
     Writes h, r and decay, each (batch · chunks, N, D).
@@ -230,8 +230,7 @@ def chunk_ends(
             _gs, end = grads4(a, by_state(C) * by_channel(dy), tl.zeros_like(h))
             r += tl.exp2(A * by_channel(total)) * end
         total += tl.sum(delta, 0)[None, :]
-    i_chunk = i_b * tl.num_programs(0) + i_c
-    o_nd = i_chunk * N * D + i_nd
+    o_nd = (i_b * chunks + i_c) * N * D + i_nd
     tl.store(p_h + o_nd, tl.sum(h, 0), mask=m_nd)  # a sum of one: it takes the axis away
     tl.store(p_decay + o_nd, tl.sum(tl.exp2(A * by_channel(total)), 0), mask=m_nd)
     if BACK:
@@ -239,11 +238,21 @@ def chunk_ends(
 
 
 @triton.jit
-def carry(p_decay, p_ends, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
+def compose_ends(p_decay, p_end, i_chunk, step, count, o, m, ND):
+    """(BN, BD): what ``carry`` leaves behind ``count`` chunks, from i_chunk on in steps."""
+    h = tl.zeros(o.shape, tl.float32)
+    for k in range(0, count):
+        first = (i_chunk + step * k) * ND
+        h = load(p_decay + first, o, m) * h + load(p_end + first, o, m)
+    return h
+
+
+@triton.jit(do_not_specialize=["needed", "chunks"])
+def carry(p_decay, p_ends, needed, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
     """From what ``chunk_ends`` writes: states behind every chunk, gradients before every chunk.
 
     They replace h and r, which lie one behind the other from p_ends on. One program walks through
-    the chunks of BD channels of a state, BK at a time, for r from the last one on.
+    the ``needed`` first chunks of BD channels of a state, BK at a time, for r from the last one on.
     """
     i_n, back = tl.program_id(1) % N, tl.program_id(1) // N
     i_b = tl.program_id(2).to(tl.int64)
@@ -251,9 +260,9 @@ def carry(p_decay, p_ends, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
     i_k = tl.arange(0, BK)[:, None]
     p_ends += back * tl.num_programs(2).to(tl.int64) * chunks * N * D
     carried = tl.zeros((1, BD), tl.float32)
-    for k in range(0, chunks, BK):
+    for k in range(0, needed, BK):
         i_c = k + i_k
-        m = (i_c < chunks) & (i_d < D)
+        m = (i_c < needed) & (i_d < D)
         i_c = tl.where(back == 1, chunks - 1 - i_c, i_c)
         o = ((i_b * chunks + i_c) * N + i_n) * D + i_d
         decay, end = tl.associative_scan((load(p_decay, o, m), load(p_ends, o, m)), 0, compose)
@@ -264,13 +273,16 @@ def carry(p_decay, p_ends, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def forward(
-    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_h, p_y,
+    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_decay, p_h, p_y,
     sb_u, sb_dt, sb_B, sb_C, sb_y, s_u, s_dt, s_B, s_C, s_y,
     L, D, N, T,
-    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CHUNKED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CARRIED: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Write y (batch, L, D) of every chunk; p_h is ``carry``'s."""
+    """Write y (batch, L, D) of every chunk.
+
+    With CARRIED p_h is ``carry``'s, else ``chunk_ends``'s, which a few chunks are composed of here.
+    """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     i_n = tl.arange(0, BN)[None, :]
@@ -287,11 +299,11 @@ def forward(
     p_C += i_b * sb_C
     p_y += i_b * sb_y
 
-    if CHUNKED:
-        i_chunk = i_b * tl.num_programs(0) + i_c
+    i_chunk = i_b * tl.num_programs(0) + i_c
+    if CARRIED:
         h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
     else:
-        h = tl.zeros((1, BN, BD), tl.float32)
+        h = compose_ends(p_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, N * D)[None, :, :]
     stop = tl.minimum(i_c * T + T, L)
     for t in range(i_c * T, stop, S):
         i_t = t + i_s
@@ -309,14 +321,14 @@ def forward(
 
 @triton.jit
 def backward(
-    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_h, p_r,
+    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_decay, p_h, p_r,
     p_h_tile, p_du, p_ddt, p_dB, p_dC, p_dparam,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
-    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CHUNKED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CARRIED: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every chunk; p_h and p_r are ``carry``'s.
+    """Gradients of every chunk; CARRIED, p_h and p_r as in ``forward``.
 
     Walks forward to note the state before each tile in h_tile (batch, tiles, N, D), then backward.
     Writes du, ddt (batch, L, D); and to be summed by ``finish``: dB, dC as one part for each block
@@ -345,13 +357,13 @@ def backward(
     p_dC += i_part * L * N
 
     i_chunk = i_b * tl.num_programs(0) + i_c
-    if CHUNKED:
-        m_behind = m_nd & (i_c < tl.num_programs(0) - 1)
+    behind = tl.num_programs(0) - 1 - i_c
+    if CARRIED:
         h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
-        r = load(p_r + (i_chunk + 1) * N * D, i_nd, m_behind)[None, :, :]
+        r = load(p_r + (i_chunk + 1) * N * D, i_nd, m_nd & (behind > 0))[None, :, :]
     else:
-        h = tl.zeros((1, BN, BD), tl.float32)
-        r = tl.zeros((1, BN, BD), tl.float32)
+        h = compose_ends(p_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, N * D)[None, :, :]
+        r = compose_ends(p_decay, p_r, i_chunk + behind, -1, behind, i_nd, m_nd, N * D)[None, :, :]
     start = i_c * T
     stop = tl.minimum(start + T, L)
     tiles = tl.cdiv(stop - start, S)
@@ -448,7 +460,7 @@ def sum_tokens(p_parts, p_sum, sb_sum, s_sum, i_b, i_tn, L, N, parts, BP: tl.con
     tl.store(p_sum + o, total.to(p_sum.dtype.element_ty), m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "parts", "rows", "blocks"])
 def finish(
     p_dB_parts, p_dC_parts, p_dparam, p_dB, p_dC, p_dA, p_dD, p_dbias,
     sb_dB, sb_dC, s_dB, s_dC,

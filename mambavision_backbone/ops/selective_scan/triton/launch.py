@@ -14,9 +14,11 @@ from . import kernels
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
 WARPS = 1
 TILE_ENDS, TILE, TILE_BACK = 8, 8, 4  # tokens a thread holds at a time
+REGISTERS: int | None = None  # of a thread of ``backward``
+FEW_CHUNKS = 32  # up to so many are carried on by those who need their states
 CARRY_CHUNKS = 64  # that a program of ``carry`` holds at a time
 FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, FINISH_WARPS = 1024, 64, 32, 4
-PROGRAMS = 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
+PROGRAMS, PROGRAMS_BACK = 4096, 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
 MIN_CHUNK, MAX_CHUNKS = 32, 256
 
 
@@ -70,10 +72,10 @@ class _Sizes(NamedTuple):
         return BLOCK_D, power_of_2(self.dstate)
 
 
-def _sizes(u: Tensor, A: Tensor) -> _Sizes:
+def _sizes(u: Tensor, A: Tensor, programs: int) -> _Sizes:
     batch, seqlen, dim = u.shape
     blocks_d = ceil_div(dim, BLOCK_D)
-    wanted = min(ceil_div(PROGRAMS, batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
+    wanted = min(ceil_div(programs, batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
     tokens = seqlen if wanted < 2 else ceil_div(seqlen, wanted)
     tokens = ceil_div(tokens, 16) * 16  # whole tiles, whatever their size
     chunks = ceil_div(seqlen, tokens)
@@ -89,40 +91,53 @@ def _rows(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
-def _carry(
-    sizes: _Sizes, tokens: tuple[Tensor, ...], parameters: Parameters, dy: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """States behind every chunk and, with dy, gradients before every chunk.
+class _Ends(NamedTuple):
+    """What chunks do to states before them and gradients behind them; as the kernels take it.
 
-    Returns:
-        Two (batch, chunks, dstate, dim) tensors; the second is the first where dy is None.
+    Tensors are (batch, chunks, dstate, dim), or stand-ins where there is one chunk.
     """
+
+    decay: Tensor
+    h: Tensor
+    r: Tensor
+    carried: bool
+
+
+def _ends(
+    sizes: _Sizes, tokens: tuple[Tensor, ...], parameters: Parameters, dy: Tensor | None
+) -> _Ends:
+    """Of every chunk that another one needs; r is h where dy is None."""
     u, dt, B, C = tokens
+    if sizes.chunks == 1:
+        return _Ends(parameters.A, parameters.A, parameters.A, False)
     back = dy is not None
     dy_ = u if dy is None else dy
     shape = (3 if back else 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
     decay, *ends = torch.empty(shape, dtype=torch.float32, device=u.device).unbind()
+    needed = sizes.chunks if back else sizes.chunks - 1  # no chunk is behind the last one
     launch(
         kernels.chunk_ends,
-        sizes.grid,
+        (needed, *sizes.grid[1:]),
         (
             u, dt, parameters.A, B, C, parameters.dt_bias, dy_,
             ends[0], ends[-1], decay,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
-            *sizes.lengths,
+            *sizes.lengths, sizes.chunks,
         ),
         (*parameters.options, back, *sizes.block, TILE_BACK if back else TILE_ENDS),
         WARPS,
     )  # fmt: skip
-    launch(
-        kernels.carry,
-        (sizes.blocks_d, sizes.dstate * len(ends), sizes.batch),
-        (decay, ends[0], sizes.chunks, sizes.dim, sizes.dstate),
-        (BLOCK_D, min(power_of_2(sizes.chunks), CARRY_CHUNKS)),
-        WARPS,
-    )
-    return ends[0], ends[-1]
+    carried = sizes.chunks > FEW_CHUNKS
+    if carried:
+        launch(
+            kernels.carry,
+            (sizes.blocks_d, sizes.dstate * len(ends), sizes.batch),
+            (decay, ends[0], needed, sizes.chunks, sizes.dim, sizes.dstate),
+            (BLOCK_D, min(power_of_2(sizes.chunks), CARRY_CHUNKS)),
+            WARPS,
+        )
+    return _Ends(decay, ends[0], ends[-1], carried)
 
 
 def scan(
@@ -131,22 +146,20 @@ def scan(
     """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous."""
     u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
     parameters = parameters.contiguous()
-    sizes = _sizes(u, parameters.A)
+    sizes = _sizes(u, parameters.A, PROGRAMS)
     if y is None:
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    h = y
-    if sizes.chunks > 1:
-        h, _ = _carry(sizes, (u, dt, B, C), parameters, None)
+    ends = _ends(sizes, (u, dt, B, C), parameters, None)
     launch(
         kernels.forward,
         sizes.grid,
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, h, y,
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, ends.decay, ends.h, y,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, sizes.chunks > 1, *sizes.block, TILE),
+        (*parameters.options, ends.carried, *sizes.block, TILE),
         WARPS,
     )  # fmt: skip
     return y
@@ -179,7 +192,7 @@ def scan_backward(
     """
     dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
     parameters = parameters.contiguous()
-    sizes = _sizes(u, parameters.A)
+    sizes = _sizes(u, parameters.A, PROGRAMS_BACK)
     batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
 
     def like(x: Tensor) -> Tensor:
@@ -194,21 +207,20 @@ def scan_backward(
     parts = scratch(2, batch, blocks_d, seqlen, dstate)
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
-    h = r = grads.u
-    if chunks > 1:
-        h, r = _carry(sizes, (u, dt, B, C), parameters, dy)
+    ends = _ends(sizes, (u, dt, B, C), parameters, dy)
     launch(
         kernels.backward,
         sizes.grid,
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, h, r,
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, *ends[:3],
             h_tile, grads.u, grads.dt, parts[0], parts[1], dparam,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, chunks > 1, *sizes.block, TILE_BACK),
+        (*parameters.options, ends.carried, *sizes.block, TILE_BACK),
         WARPS,
+        REGISTERS,
     )  # fmt: skip
     columns = ceil_div((dstate + 2) * dim, FINISH_COLUMNS)
     programs = columns + 2 * batch * ceil_div(seqlen * dstate, FINISH_TOKENS)
