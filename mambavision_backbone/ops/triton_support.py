@@ -106,7 +106,6 @@ def launch(
     args: Sequence[Tensor | int | float | None],
     constants: tuple[Any, ...],
     warps: int,
-    registers: int | None = None,
 ) -> None:
     """Start a kernel on the GPU of its first argument.
 
@@ -119,13 +118,12 @@ def launch(
         args: its arguments but the ``tl.constexpr`` ones.
         constants: its ``tl.constexpr`` arguments, in order; they come last.
         warps: of a program.
-        registers: of a thread, at most; more programs fit into a multiprocessor then.
     """
     device = args[0].device.index  # type: ignore[union-attr]
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, warps, registers)
-    facts: list[Any] = [id(kernel), constants, warps, registers, device]
+            return launch(kernel, grid, args, constants, warps)
+    facts: list[Any] = [id(kernel), constants, warps, device]
     values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
     for arg in args:
         value: Any = arg
@@ -137,8 +135,7 @@ def launch(
     key = tuple(facts)
     compiled = _compiled.get(key)
     if compiled is None or not _starts_compiled[0]:
-        options = {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
-        _compiled[key] = kernel[grid](*args, *constants, **options)  # None if interpreted
+        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
     else:
         compiled[grid](*values, *constants)
     return None

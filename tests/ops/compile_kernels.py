@@ -44,22 +44,20 @@ class Compiler:
         args: Sequence[Any],
         constants: tuple[Any, ...],
         warps: int,
-        registers: int | None = None,
     ) -> None:
         types = [f"*{TYPES[a.dtype]}" if isinstance(a, Tensor) else "i32" for a in args]
         floats = [i for i, a in enumerate(args) if isinstance(a, float)]
         for i in floats:
             types[i] = "fp32"
-        key = kernel.__name__, tuple(types), constants, warps, registers
+        key = kernel.__name__, tuple(types), constants, warps
         if key in self.seen:
             return
         self.seen.add(key)
         names = kernel.arg_names
         signature = dict(zip(names, types + ["constexpr"] * len(constants), strict=True))
         values = {(len(args) + i,): value for i, value in enumerate(constants)}
-        options = {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
-        triton.compile(ASTSource(kernel, signature, values), self.target, options)
-        print(*key, flush=True)
+        triton.compile(ASTSource(kernel, signature, values), self.target, {"num_warps": warps})
+        print(*key, flush=True)  # noqa: T201
 
 
 def main() -> None:

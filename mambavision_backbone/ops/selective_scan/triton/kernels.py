@@ -135,10 +135,10 @@ def load(p, o, m):
 
 @triton.jit
 def settle(x):
-    """x (two axes), held by the compiler in one layout and copied from there to others.
+    """Have x (two axes) computed in one layout and copied from there to others.
 
-    It would else compute x in every layout that is wanted, from the loads on, but it does not look
-    through a reduction, be it of an axis of one.
+    The compiler would else compute x in every layout that is wanted, from the loads on, but it does
+    not look through a reduction, be it of an axis of one.
     """
     return tl.sum(x[None, :, :], 0)
 
@@ -332,8 +332,8 @@ def backward(
 
     Walks forward to note the state before each tile in h_tile (batch, tiles, N, D), then backward.
     Writes du, ddt (batch, L, D); and to be summed by ``finish``: dB, dC as one part for each block
-    of channels, (batch, channel blocks, L, N), and dparam (batch · chunks, N + 2, D), the chunk's dA
-    transposed, dD, ddt_bias.
+    of channels, (batch, channel blocks, L, N), and dparam (batch · chunks, N + 2, D), the chunk's
+    dA transposed, dD, ddt_bias.
     """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]

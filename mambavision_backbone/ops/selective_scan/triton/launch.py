@@ -14,11 +14,10 @@ from . import kernels
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
 WARPS = 1
 TILE_ENDS, TILE, TILE_BACK = 8, 8, 4  # tokens a thread holds at a time
-REGISTERS: int | None = None  # of a thread of ``backward``
-FEW_CHUNKS = 32  # up to so many are carried on by those who need their states
+FEW_CHUNKS = 16  # up to so many are carried on by those who need their states
 CARRY_CHUNKS = 64  # that a program of ``carry`` holds at a time
 FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, FINISH_WARPS = 1024, 64, 32, 4
-PROGRAMS, PROGRAMS_BACK = 4096, 4096  # wanted: some 30 warps on each multiprocessor of a large GPU
+PROGRAMS, PROGRAMS_BACK = 3168, 6336  # wanted: 24 and 48 for each multiprocessor of a large GPU
 MIN_CHUNK, MAX_CHUNKS = 32, 256
 
 
@@ -220,7 +219,6 @@ def scan_backward(
         ),
         (*parameters.options, ends.carried, *sizes.block, TILE_BACK),
         WARPS,
-        REGISTERS,
     )  # fmt: skip
     columns = ceil_div((dstate + 2) * dim, FINISH_COLUMNS)
     programs = columns + 2 * batch * ceil_div(seqlen * dstate, FINISH_TOKENS)
