@@ -16,6 +16,8 @@ logger = logging.getLogger("mambavision_backbone")
 
 MIN_CAPABILITY = (7, 0)
 
+_WIDE = 2**31  # the first integer that takes 64 bits
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 _starts_compiled = [True]  # whether compiled kernels are started without Triton: see _probe
 
@@ -119,19 +121,21 @@ def launch(
         constants: its ``tl.constexpr`` arguments, in order; they come last.
         warps: of a program.
     """
-    device = args[0].device.index  # type: ignore[union-attr]
-    if device is not None and device != torch.cuda.current_device():
+    device = args[0].get_device()  # type: ignore[union-attr]
+    if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, warps)
     facts: list[Any] = [id(kernel), constants, warps, device]
     values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
     for arg in args:
-        value: Any = arg
         if isinstance(arg, Tensor):
-            value = arg.data_ptr()
-            facts.append((arg.dtype, arg.is_cuda))  # Triton refuses others, compiled kernels do not
-        values.append(value)
-        facts.append(_specialisation(value))
+            address = arg.data_ptr()
+            values.append(address)
+            # Triton refuses other dtypes and a CPU's tensors, compiled kernels do not.
+            facts += (arg.dtype, arg.is_cuda, not address & 15)
+        else:
+            values.append(arg)
+            facts.append(_specialisation(arg))
     key = tuple(facts)
     compiled = _compiled.get(key)
     if compiled is None or not _starts_compiled[0]:
@@ -142,10 +146,12 @@ def launch(
 
 
 def _specialisation(value: float | None) -> Any:
-    """What Triton compiles for: whether an integer is a multiple of 16, is 1, or has 32 bits."""
-    if isinstance(value, int):
-        return value % 16 == 0, value == 1, -(2**31) <= value < 2**31
-    return type(value)
+    """What Triton compiles for: 0 and 1, then whether it is a multiple of 16 and has 32 bits."""
+    if not isinstance(value, int):
+        return type(value)
+    if value < 2:
+        return value
+    return (2 if value < _WIDE else 4) + (not value & 15)
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:

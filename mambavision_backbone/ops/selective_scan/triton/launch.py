@@ -90,6 +90,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
+def _like(x: Tensor) -> Tensor:
+    """Return a new contiguous tensor."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 class _Ends(NamedTuple):
     """What chunks do to states before them and gradients behind them; as the kernels take it.
 
@@ -147,7 +152,7 @@ def scan(
     parameters = parameters.contiguous()
     sizes = _sizes(u, parameters.A, PROGRAMS)
     if y is None:
-        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        y = _like(u)
     ends = _ends(sizes, (u, dt, B, C), parameters, None)
     launch(
         kernels.forward,
@@ -194,15 +199,12 @@ def scan_backward(
     sizes = _sizes(u, parameters.A, PROGRAMS_BACK)
     batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
 
-    def like(x: Tensor) -> Tensor:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-    dB, dC = dBC or (like(B), like(C))
-    A, D, dt_bias = (like(x) for x in parameters[:3])
-    grads = Gradients(like(u), like(dt), A, dB, dC, D, dt_bias)
+    dB, dC = dBC or (_like(B), _like(C))
+    A, D, dt_bias = (_like(x) for x in parameters[:3])
+    grads = Gradients(_like(u), _like(dt), A, dB, dC, D, dt_bias)
     parts = scratch(2, batch, blocks_d, seqlen, dstate)
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
