@@ -56,7 +56,7 @@ def images(batch: int, height: int, width: int) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def growth(args: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
+def growth(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Times and memory of all sizes and numbers of images; kept beside ``out`` while they come."""
     inputs = {(1, side) for side in SIDES} | {(batch, 512) for batch in BATCHES}
     rows = []
@@ -74,7 +74,7 @@ def growth(args: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
                     memory, _ = timed(built[plain], argparse.Namespace(warmup=1, runs=1))
                     times, _ = timed(built["graph"], args)
                 rows.append(row | times | {"peak_mib": memory["peak_mib"]})
-                keep(out.with_stem(out.stem + "_growth"), {"growth": rows})
+                keep(out, {**facts, "growth": rows})
                 del built
                 model.zero_grad(set_to_none=True)
                 free()
@@ -212,7 +212,7 @@ def main() -> None:
             )
         keep(out, facts)
     if "growth" in args.parts:
-        facts["growth"] = growth(args, out)
+        facts["growth"] = growth(args, out, facts)
         for row in facts["growth"]:
             print(
                 f"{row['network']:12}{row['pass']:10} {row['batch']:3}×{row['side']}²"

@@ -1,8 +1,8 @@
 """Compile every kernel that a small network starts, for a GPU that need not be there.
 
-    python -m tests.ops.compile_kernels 80
+    python tests/ops/compile_kernels.py 80
 
-The interpreter takes programs that the compiler refuses. Prints a line for each kernel.
+The interpreter takes programs that the compiler refuses. Prints the name of each kernel compiled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ from mambavision_backbone import MambaVision
 from mambavision_backbone.inference import accelerate
 from mambavision_backbone.ops import mix
 from mambavision_backbone.ops.selective_scan.triton import launch as scan
-from tests.conftest import TINY_ARCH
 
 OPS = "mambavision_backbone.ops."
 MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mix", "mlp"]
 LAUNCHES = ["bias_act", "conv_silu", "layer_norm", "linear", "mlp", "selective_scan.triton"]
+ARCH = {
+    "dim": 16,
+    "in_dim": 8,
+    "depths": (1, 1, 2, 2),
+    "num_heads": (2, 2, 4, 4),
+    "window_size": (8, 8, 5, 3),
+    "layer_scale": 0.5,
+}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
 class Compiler:
@@ -45,19 +53,45 @@ class Compiler:
         constants: tuple[Any, ...],
         warps: int,
     ) -> None:
-        types = [f"*{TYPES[a.dtype]}" if isinstance(a, Tensor) else "i32" for a in args]
-        floats = [i for i, a in enumerate(args) if isinstance(a, float)]
-        for i in floats:
-            types[i] = "fp32"
-        key = kernel.__name__, tuple(types), constants, warps
+        types = [type_of(arg) for arg in args]
+        aligned = tuple(not isinstance(arg, float) and divisible(arg) for arg in args)
+        name = f"{kernel.__module__.removeprefix(OPS)}.{kernel.__name__}"
+        key = name, tuple(types), aligned, constants, warps
         if key in self.seen:
             return
         self.seen.add(key)
-        names = kernel.arg_names
-        signature = dict(zip(names, types + ["constexpr"] * len(constants), strict=True))
-        values = {(len(args) + i,): value for i, value in enumerate(constants)}
-        triton.compile(ASTSource(kernel, signature, values), self.target, {"num_warps": warps})
-        print(*key, flush=True)  # noqa: T201
+        source = source_of(kernel, types, aligned, constants)
+        triton.compile(source, self.target, {"num_warps": warps})
+        print(name, flush=True)  # noqa: T201
+
+
+def type_of(arg: Any) -> str:
+    """Triton's name of an argument's type; None is not used, whatever it is."""
+    if isinstance(arg, Tensor):
+        return "*" + TYPES[arg.dtype]
+    return "fp32" if isinstance(arg, float) else "i32"
+
+
+def divisible(arg: Any) -> bool:
+    """Whether Triton compiles for a multiple of 16; tensors of their own are aligned."""
+    return isinstance(arg, Tensor) or (arg is not None and arg % 16 == 0)
+
+
+def source_of(
+    kernel: Any, types: list[str], aligned: tuple[bool, ...], constants: tuple[Any, ...]
+) -> ASTSource:
+    """As the versions of Triton want it; before 3.3 nothing is known to be aligned."""
+    names = kernel.arg_names
+    first = len(types)
+    if VERSION < (3, 2):
+        return ASTSource(kernel, dict(enumerate(types)), dict(enumerate(constants, first)))
+    signature = dict(zip(names, types, strict=False))
+    if VERSION < (3, 3):
+        return ASTSource(kernel, signature, dict(zip(names[first:], constants, strict=True)))
+    signature |= dict.fromkeys(names[first:], "constexpr")
+    values = {(i,): value for i, value in enumerate(constants, first)}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, known in enumerate(aligned) if known}
+    return ASTSource(kernel, signature, values, attributes)
 
 
 def main() -> None:
@@ -65,21 +99,23 @@ def main() -> None:
     compiler = Compiler(int(sys.argv[1]))
     for name in LAUNCHES:
         importlib.import_module(f"{OPS}{name}.launch").launch = compiler  # type: ignore[attr-defined]
-    model = MambaVision({**TINY_ARCH, "layer_scale": 0.5}, drop_path_rate=0.3, window_mode="fit")
     for name in MODULES:
         importlib.import_module(OPS + name).fusible = lambda _: True  # type: ignore[attr-defined]
     mix.choose_backend = lambda *_: "triton"  # type: ignore[attr-defined]
+    scan.MIN_CHUNK = 8
+    model = MambaVision(ARCH, drop_path_rate=0.3, window_mode="fit")
     x = torch.randn(1, 3, 64, 64)
-    sum(o.float().mean() for o in model(x)).backward()  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(o.float().mean() for o in model(x)).backward()  # type: ignore[attr-defined]
     with torch.no_grad():
         accelerate(model.eval(), torch.bfloat16)(x.bfloat16())
 
-    scan.MIN_CHUNK = 8
-    tokens = [torch.randn(1, 40, n, dtype=torch.float16) for n in (5, 5, 3, 3)]
-    parameters = scan.Parameters(torch.randn(5, 3), torch.randn(5), torch.randn(5))
-    for scan.FEW_CHUNKS in (1, 8):
-        scan.scan(*tokens, parameters)
-        scan.scan_backward(tokens[0], *tokens, parameters)
+    for dim in (5, 32):
+        tokens = [torch.randn(1, 48, n, dtype=torch.float16) for n in (dim, dim, 3, 3)]
+        parameters = scan.Parameters(torch.randn(dim, 3), torch.randn(dim), torch.randn(dim))
+        for scan.FEW_CHUNKS in (1, 8):
+            scan.scan(*tokens, parameters)
+            scan.scan_backward(tokens[0], *tokens, parameters)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ def test_nan_propagates() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(2, 4200, 160, 8), (128, 49, 320, 8), (1, 1031, 40, 16)], ids=str
+    "shape",
+    [(2, 4200, 160, 8), (128, 49, 320, 8), (1, 1031, 40, 16), (128, 196, 160, 8), (2, 90, 40, 3)],
+    ids=["many chunks", "one", "carried, 16 states", "five", "two, 3 states"],
 )
 def test_error_is_that_of_eager_operators(
     shape: tuple[int, int, int, int], dtype: torch.dtype
@@ -165,8 +167,9 @@ def test_error_is_that_of_eager_operators(
 
 
 @pytest.mark.gpu
-def test_results_are_the_same_every_time() -> None:
-    inputs = [x.cuda().half() for x in make_inputs(2, 3136, 320, 8)]
+@pytest.mark.parametrize("seqlen", [3136, 500], ids=["many chunks", "a few"])
+def test_results_are_the_same_every_time(seqlen: int) -> None:
+    inputs = [x.cuda().half() for x in make_inputs(2, seqlen, 320, 8)]
     dy = torch.randn_like(inputs[0])
     first = compute(dy, inputs)
     for _ in range(3):

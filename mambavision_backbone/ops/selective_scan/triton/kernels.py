@@ -120,6 +120,7 @@ def grads2(a, q, r):
 @triton.jit
 def grads4(a, q, r):
     """The same of a tile of four tokens."""
+    tl.static_assert(a.shape[0] == 4)
     a1, a2 = halve(a)
     q1, q2 = halve(q)
     gs2, r = grads2(a2, q2, r)
@@ -170,17 +171,13 @@ def load_delta(p_dt, o, m, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def load_decay(p_A, o, m, LOG_A: tl.constexpr):
-    """A in units of log2, where LOG_A from log(-A); zeros where masked."""
-    A = load(p_A, o, m)
-    return (tl.where(m, -tl.exp(A), 0.0) if LOG_A else A) * LOG2E
-
-
-@triton.jit
 def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
-    """A transposed, (1, BN, BD); as ``load_decay``."""
+    """A transposed, (1, BN, BD), in units of log2; where LOG_A from log(-A)."""
     i_n = tl.arange(0, BN)[:, None]
-    return load_decay(p_A, i_d * N + i_n, (i_n < N) & (i_d < D), LOG_A)[None, :, :]
+    m = (i_n < N) & (i_d < D)
+    A = load(p_A, i_d * N + i_n, m)
+    A = tl.where(m, -tl.exp(A), 0.0) if LOG_A else A
+    return (A * LOG2E)[None, :, :]
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -369,7 +366,7 @@ def backward(
     tiles = tl.cdiv(stop - start, S)
     p_h_tile += (i_chunk * (T // S)) * N * D
     for k in range(0, tiles):
-        tl.store(p_h_tile + k * N * D + i_nd, tl.sum(h, 0), mask=m_nd)
+        tl.store(p_h_tile + k * N * D + i_nd, tl.reshape(h, (BN, BD)), mask=m_nd)
         i_t = start + k * S + i_s
         m_t = i_t < stop
         m_td, m_tn = m_t & m_d, m_t & m_n
