@@ -163,6 +163,12 @@ def by_state(x):
 
 
 @triton.jit
+def by_pair(x):
+    """(1, BN, BD) → (BN, BD); a sum over the axis of one crashes the compiler of Triton 3.0."""
+    return tl.reshape(x, (x.shape[1], x.shape[2]))
+
+
+@triton.jit
 def load_delta(p_dt, o, m, bias, SOFTPLUS: tl.constexpr):
     """Return dt + bias and Δ, which is zero past the end."""
     raw = load(p_dt, o, m) + bias
@@ -228,10 +234,10 @@ def chunk_ends(
             r += tl.exp2(A * by_channel(total)) * end
         total += tl.sum(delta, 0)[None, :]
     o_nd = (i_b * chunks + i_c) * N * D + i_nd
-    tl.store(p_h + o_nd, tl.sum(h, 0), mask=m_nd)  # a sum of one: it takes the axis away
-    tl.store(p_decay + o_nd, tl.sum(tl.exp2(A * by_channel(total)), 0), mask=m_nd)
+    tl.store(p_h + o_nd, by_pair(h), mask=m_nd)
+    tl.store(p_decay + o_nd, by_pair(tl.exp2(A * by_channel(total))), mask=m_nd)
     if BACK:
-        tl.store(p_r + o_nd, tl.sum(r, 0), mask=m_nd)
+        tl.store(p_r + o_nd, by_pair(r), mask=m_nd)
 
 
 @triton.jit
@@ -366,7 +372,7 @@ def backward(
     tiles = tl.cdiv(stop - start, S)
     p_h_tile += (i_chunk * (T // S)) * N * D
     for k in range(0, tiles):
-        tl.store(p_h_tile + k * N * D + i_nd, tl.reshape(h, (BN, BD)), mask=m_nd)
+        tl.store(p_h_tile + k * N * D + i_nd, by_pair(h), mask=m_nd)
         i_t = start + k * S + i_s
         m_t = i_t < stop
         m_td, m_tn = m_t & m_d, m_t & m_n
@@ -422,7 +428,7 @@ def backward(
         dD += tl.sum(dy * u, 0)
         dbias += tl.sum(ddt, 0)
     if LOG_A:
-        dA *= tl.sum(A, 0) / LOG2E
+        dA *= by_pair(A) / LOG2E
     p_dparam += i_chunk * (N + 2) * D
     tl.store(p_dparam + i_nd, dA, mask=m_nd)
     tl.store(p_dparam + N * D + i_d, dD[None, :], mask=m_d)

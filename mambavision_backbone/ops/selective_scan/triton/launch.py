@@ -170,7 +170,7 @@ def scan(
 
 
 class Gradients(NamedTuple):
-    """Of a scan's tensors, in their dtypes."""
+    """Of a scan's tensors, in their dtypes; in the order of ``api.selective_scan``."""
 
     u: Tensor
     dt: Tensor
@@ -264,8 +264,7 @@ def selective_scan_backward(
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, dt_bias."""
-    grads = scan_backward(dy, u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))
-    return grads.u, grads.dt, grads.A, grads.B, grads.C, grads.D, grads.dt_bias
+    return scan_backward(dy, u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))
 
 
 class SelectiveScanFunction(torch.autograd.Function):
