@@ -26,7 +26,6 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "MIN_CHUNK", 8)
         monkeypatch.setattr(launch, "BLOCK_D", 4)
         monkeypatch.setattr(launch, "FEW_CHUNKS", 2)
-        monkeypatch.setattr(launch, "CARRY_CHUNKS", 2)
         for name, size in (("TOKENS", 16), ("ROWS", 2), ("COLUMNS", 4)):
             monkeypatch.setattr(launch, f"FINISH_{name}", size)
 
@@ -72,7 +71,7 @@ def check(got: list[Tensor], wanted: list[Tensor], limit: float) -> None:
 def test_value_and_gradients(shape: tuple[int, int, int, int], chunks: int) -> None:
     inputs = make_inputs(*shape)
     if backend.interpreted():
-        assert launch._sizes(inputs[0], inputs[2], launch.PROGRAMS).chunks == chunks
+        assert launch._sizes(inputs[0], inputs[2]).chunks == chunks
     dy = torch.randn_like(inputs[0])
     check(compute(dy, inputs), exact(dy, inputs), FLOAT32)
 
@@ -103,6 +102,23 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
     got = compute(dy, inputs)
     assert [x.dtype for x in got[1:]] == [x.dtype for x in inputs]
     check(got, exact(dy, inputs), 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("dim", "dstate"), [(5, 3), (4, 1), (6, 4)], ids=str)
+def test_half_precision_that_does_not_come_in_pairs(dim: int, dstate: int) -> None:
+    """Odd numbers of channels or states, odd strides, odd addresses."""
+    inputs = make_inputs(2, 20, dim, dstate)
+    wide = torch.cat([inputs[0][..., :1], *(inputs[i] for i in (0, 1, 3, 4))], 2).half()
+    if (1 + 2 * dim + 2 * dstate) % 2 == 0:
+        wide = torch.cat([wide, wide[..., :1]], 2)
+    start = 1
+    for i, size in ((0, dim), (1, dim), (3, dstate), (4, dstate)):
+        inputs[i] = wide[..., start : start + size]
+        start += size
+    dy = torch.randn(2, 20, dim + 1).half()[..., 1:]
+    got = compute(dy, inputs)
+    assert [x.dtype for x in got] == [torch.float16, *(x.dtype for x in inputs)]
+    check(got, exact(dy, inputs), 2 * torch.finfo(torch.float16).eps)
 
 
 def test_views_and_strided_gradients() -> None:

@@ -30,7 +30,7 @@ def softplus(x):
     log1p(z) / z is a polynomial (Chebyshev interpolation, relative error 1.6e-7 with rounding): a
     third of the instructions that a logarithm and a division to the same accuracy take.
     """
-    z = tl.exp(-tl.abs(x))
+    z = tl.exp2(tl.abs(x) * -LOG2E)
     p = z * -0.00317605701 + 0.0195425283
     p = p * z - 0.0563736148
     p = p * z + 0.105436236
@@ -119,13 +119,27 @@ def grads2(a, q, r):
 
 @triton.jit
 def grads4(a, q, r):
-    """The same of a tile of four tokens."""
-    tl.static_assert(a.shape[0] == 4)
+    """The same of four tokens."""
     a1, a2 = halve(a)
     q1, q2 = halve(q)
     gs2, r = grads2(a2, q2, r)
     gs1, r = grads2(a1, q1, r)
     return stack(gs1, gs2), r
+
+
+@triton.jit
+def grads(a, q, r, S: tl.constexpr):
+    """The same of a tile of S = 4 or 8 tokens."""
+    if S == 4:
+        gs, r = grads4(a, q, r)
+    else:
+        tl.static_assert(S == 8)
+        a1, a2 = halve(a)
+        q1, q2 = halve(q)
+        gs2, r = grads4(a2, q2, r)
+        gs1, r = grads4(a1, q1, r)
+        gs = stack(gs1, gs2)
+    return gs, r
 
 
 @triton.jit
@@ -169,9 +183,37 @@ def by_pair(x):
 
 
 @triton.jit
-def load_delta(p_dt, o, m, bias, SOFTPLUS: tl.constexpr):
+def fetch(p, s, i_t, first, X, stop, WIDTH: tl.constexpr):
+    """Elements from ``first`` on, up to X, of tokens i_t; 16-bit ones in pairs as integers.
+
+    Tiles are fetched a round before they are needed: a multiprocessor holds too few programs to
+    work on while one waits for its loads. Pairs, for the compiler waits for elements of 16 bits
+    where it packs them into a register, in the round that loads them.
+    """
+    if p.dtype.element_ty == tl.float32:
+        i_x = first + tl.arange(0, WIDTH)[None, :]
+        return tl.load(p + i_t * s + i_x, mask=(i_t < stop) & (i_x < X), other=0.0)
+    else:
+        i_x = first // 2 + tl.arange(0, WIDTH // 2)[None, :]
+        p_pair = p.to(tl.pointer_type(tl.int32))
+        return tl.load(p_pair + i_t * (s // 2) + i_x, mask=(i_t < stop) & (i_x < X // 2), other=0)
+
+
+@triton.jit
+def fetched(x, p):
+    """In float32 what was fetched from p."""
+    if p.dtype.element_ty == tl.float32:
+        return x
+    else:
+        low = x.to(tl.int16).to(p.dtype.element_ty, bitcast=True)
+        high = (x >> 16).to(tl.int16).to(p.dtype.element_ty, bitcast=True)
+        return tl.reshape(tl.join(low, high), (x.shape[0], 2 * x.shape[1])).to(tl.float32)
+
+
+@triton.jit
+def step_size(dt, bias, m, SOFTPLUS: tl.constexpr):
     """Return dt + bias and Δ, which is zero past the end."""
-    raw = load(p_dt, o, m) + bias
+    raw = dt + bias
     delta = softplus(raw) if SOFTPLUS else raw
     return raw, tl.where(m, delta, 0.0)
 
@@ -201,10 +243,10 @@ def chunk_ends(
     Writes h, r and decay, each (batch · chunks, N, D).
     """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i_n = tl.arange(0, BN)[None, :]
+    first_d = tl.program_id(1) * BD
+    i_d = first_d + tl.arange(0, BD)[None, :]
     i_s = tl.arange(0, S)[:, None]
-    m_d, m_n = i_d < D, i_n < N
+    m_d = i_d < D
     i_nd = tl.arange(0, BN)[:, None] * D + i_d
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
     A = load_A(p_A, i_d, D, N, BN, LOG_A)
@@ -216,21 +258,32 @@ def chunk_ends(
     h = tl.zeros((1, BN, BD), tl.float32)
     r = tl.zeros((1, BN, BD), tl.float32)
     total = tl.zeros((1, BD), tl.float32)
+    if BACK:
+        p_C += i_b * sb_C
+        p_dy += i_b * sb_dy
     stop = tl.minimum(i_c * T + T, L)
+    i_t = i_c * T + i_s
+    next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+    next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+    next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+    if BACK:
+        next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
+        next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
     for t in range(i_c * T, stop, S):
-        i_t = t + i_s
-        m_t = i_t < stop
-        m_td, m_tn = m_t & m_d, m_t & m_n
-        _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
+        u, dt, B = fetched(next_u, p_u), fetched(next_dt, p_dt), settle(fetched(next_B, p_B))
+        i_t = t + S + i_s
+        next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+        next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+        next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+        _raw, delta = step_size(dt, bias, (t + i_s < stop) & m_d, SOFTPLUS)
         delta = settle(delta)
-        delta_u = delta * load(p_u, i_t * s_u + i_d, m_td)
-        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
         a = tl.exp2(by_channel(delta) * A)
-        _ps, _hs, h = states(a, by_channel(delta_u) * by_state(B), h, S)
+        _ps, _hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
         if BACK:
-            C = settle(load(p_C + i_b * sb_C, i_t * s_C + i_n, m_tn))
-            dy = load(p_dy + i_b * sb_dy, i_t * s_dy + i_d, m_td)
-            _gs, end = grads4(a, by_state(C) * by_channel(dy), tl.zeros_like(h))
+            C, dy = settle(fetched(next_C, p_C)), fetched(next_dy, p_dy)
+            next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
+            next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
+            _gs, end = grads(a, by_state(C) * by_channel(dy), tl.zeros_like(h), S)
             r += tl.exp2(A * by_channel(total)) * end
         total += tl.sum(delta, 0)[None, :]
     o_nd = (i_b * chunks + i_c) * N * D + i_nd
@@ -254,24 +307,19 @@ def compose_ends(p_decay, p_end, i_chunk, step, count, o, m, ND):
 def carry(p_decay, p_ends, needed, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
     """From what ``chunk_ends`` writes: states behind every chunk, gradients before every chunk.
 
-    They replace h and r, which lie one behind the other from p_ends on. One program walks through
-    the ``needed`` first chunks of BD channels of a state, BK at a time, for r from the last one on.
+    They replace h and r, which lie one behind the other from p_ends on. One program holds BD
+    channels of a state in the ``needed`` first of at most BK chunks; for r in the last ones.
     """
     i_n, back = tl.program_id(1) % N, tl.program_id(1) // N
     i_b = tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(0) * BD + tl.arange(0, BD)[None, :]
-    i_k = tl.arange(0, BK)[:, None]
+    i_c = tl.arange(0, BK)[:, None]
+    m = (i_c < needed) & (i_d < D)
+    i_c = tl.where(back == 1, chunks - 1 - i_c, i_c)
     p_ends += back * tl.num_programs(2).to(tl.int64) * chunks * N * D
-    carried = tl.zeros((1, BD), tl.float32)
-    for k in range(0, needed, BK):
-        i_c = k + i_k
-        m = (i_c < needed) & (i_d < D)
-        i_c = tl.where(back == 1, chunks - 1 - i_c, i_c)
-        o = ((i_b * chunks + i_c) * N + i_n) * D + i_d
-        decay, end = tl.associative_scan((load(p_decay, o, m), load(p_ends, o, m)), 0, compose)
-        end += decay * carried
-        tl.store(p_ends + o, end, mask=m)
-        carried = tl.sum(tl.where(i_k == BK - 1, end, 0.0), 0)[None, :]
+    o = ((i_b * chunks + i_c) * N + i_n) * D + i_d
+    _decay, end = tl.associative_scan((load(p_decay, o, m), load(p_ends, o, m)), 0, compose)
+    tl.store(p_ends + o, end, mask=m)
 
 
 @triton.jit
@@ -287,10 +335,10 @@ def forward(
     With CARRIED p_h is ``carry``'s, else ``chunk_ends``'s, which a few chunks are composed of here.
     """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i_n = tl.arange(0, BN)[None, :]
+    first_d = tl.program_id(1) * BD
+    i_d = first_d + tl.arange(0, BD)[None, :]
     i_s = tl.arange(0, S)[:, None]
-    m_d, m_n = i_d < D, i_n < N
+    m_d = i_d < D
     i_nd = tl.arange(0, BN)[:, None] * D + i_d
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
     A = load_A(p_A, i_d, D, N, BN, LOG_A)
@@ -308,14 +356,22 @@ def forward(
     else:
         h = compose_ends(p_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, N * D)[None, :, :]
     stop = tl.minimum(i_c * T + T, L)
+    i_t = i_c * T + i_s
+    next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+    next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+    next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+    next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
     for t in range(i_c * T, stop, S):
+        u, dt = fetched(next_u, p_u), fetched(next_dt, p_dt)
+        B, C = settle(fetched(next_B, p_B)), settle(fetched(next_C, p_C))
+        i_t = t + S + i_s
+        next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+        next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+        next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+        next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
         i_t = t + i_s
-        m_t = i_t < stop
-        m_td, m_tn = m_t & m_d, m_t & m_n
-        u = load(p_u, i_t * s_u + i_d, m_td)
-        _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
-        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
-        C = settle(load(p_C, i_t * s_C + i_n, m_tn))
+        m_td = (i_t < stop) & m_d
+        _raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
         a = tl.exp2(by_channel(delta) * A)
         _ps, hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
         y = tl.sum(hs * by_state(C), 1) + skip * u
@@ -339,10 +395,10 @@ def backward(
     dA transposed, dD, ddt_bias.
     """
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i_n = tl.arange(0, BN)[None, :]
+    first_d = tl.program_id(1) * BD
+    i_d = first_d + tl.arange(0, BD)[None, :]
     i_s = tl.arange(0, S)[:, None]
-    m_d, m_n = i_d < D, i_n < N
+    m_d = i_d < D
     i_nd = tl.arange(0, BN)[:, None] * D + i_d
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
     A = load_A(p_A, i_d, D, N, BN, LOG_A)
@@ -371,46 +427,70 @@ def backward(
     stop = tl.minimum(start + T, L)
     tiles = tl.cdiv(stop - start, S)
     p_h_tile += (i_chunk * (T // S)) * N * D
-    for k in range(0, tiles):
+    i_2s = tl.arange(0, 2 * S)[:, None]  # two tiles at a time: more to do while loads are under way
+    i_t = start + i_2s
+    next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+    next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+    next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+    for k in range(0, tiles, 2):
+        u, dt, B = fetched(next_u, p_u), fetched(next_dt, p_dt), settle(fetched(next_B, p_B))
+        m_td = (i_t < stop) & m_d
+        i_t += 2 * S
+        next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+        next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+        next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+        _raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
+        delta = settle(delta)
+        a1, a2 = halve(tl.exp2(by_channel(delta) * A))
+        x1, x2 = halve(by_channel(delta * u) * by_state(B))
+        _ps, _hs, middle = states(a1, x1, h, S)
         tl.store(p_h_tile + k * N * D + i_nd, by_pair(h), mask=m_nd)
-        i_t = start + k * S + i_s
-        m_t = i_t < stop
-        m_td, m_tn = m_t & m_d, m_t & m_n
-        _raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
-        delta_u = delta * load(p_u, i_t * s_u + i_d, m_td)
-        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
-        _ps, _hs, h = states(
-            tl.exp2(by_channel(delta) * A), by_channel(delta_u) * by_state(B), h, S
-        )
+        tl.store(p_h_tile + (k + 1) * N * D + i_nd, by_pair(middle), mask=m_nd)
+        _ps, _hs, h = states(a2, x2, middle, S)
 
     tl.debug_barrier()  # h_tile is read below
     # Of a tile turned round: its channels and, side by side, the states of its tokens.
     i_d_turned = tl.program_id(1) * BD + tl.arange(0, BD)[:, None]
     j_t = tl.arange(0, S * BN)[None, :] // BN
     j_n = tl.arange(0, S * BN)[None, :] % BN
+    j_tn = j_t * N + j_n
     dA = tl.zeros((BN, BD), tl.float32)
-    dD = tl.zeros((BD,), tl.float32)
-    dbias = tl.zeros((BD,), tl.float32)
+    dD = tl.zeros((1, BD), tl.float32)
+    dbias = tl.zeros((1, BD), tl.float32)
+    i_t = start + (tiles - 1) * S + i_s
+    next_h = load(p_h_tile + (tiles - 1) * N * D, i_nd, m_nd)
+    next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+    next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+    next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
+    next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+    next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
     for back in range(0, tiles):
         k = tiles - 1 - back
-        h = load(p_h_tile + k * N * D, i_nd, m_nd)[None, :, :]
-        i_t = start + k * S + i_s
-        m_t = i_t < stop
-        m_td, m_tn = m_t & m_d, m_t & m_n
-        u = load(p_u, i_t * s_u + i_d, m_td)
-        dy = load(p_dy, i_t * s_dy + i_d, m_td)
-        raw, delta = load_delta(p_dt, i_t * s_dt + i_d, m_td, bias, SOFTPLUS)
+        h = next_h[None, :, :]
+        u, dt, dy = fetched(next_u, p_u), fetched(next_dt, p_dt), fetched(next_dy, p_dy)
+        B, C = settle(fetched(next_B, p_B)), settle(fetched(next_C, p_C))
+        t = start + k * S
+        more = tl.maximum(k - 1, 0)  # the first tile is fetched once more, for nothing
+        i_t = start + more * S + i_s
+        next_h = load(p_h_tile + more * N * D, i_nd, m_nd)
+        next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+        next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
+        next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
+        next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
+        next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
+        i_t = t + i_s
+        m_td = (i_t < stop) & m_d
+        raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
         delta = settle(delta)
-        B = settle(load(p_B, i_t * s_B + i_n, m_tn))
-        C = settle(load(p_C, i_t * s_C + i_n, m_tn))
         a = tl.exp2(by_channel(delta) * A)
         x = by_channel(delta * u) * by_state(B)
         ps, hs, _h = states(a, x, h, S)
-        i_r = start + k * S + j_t
-        m_r, m_dr = (i_r < stop) & (j_n < N), (i_r < stop) & (i_d_turned < D)
+        m_r = t + j_t < stop
+        m_rn, m_rd = m_r & (j_n < N), m_r & (i_d_turned < D)
         # u and dy are loaded again, turned: that makes the compiler turn the tiles.
-        dC = tl.sum(turn(hs) * load(p_dy, i_r * s_dy + i_d_turned, m_dr), 0)
-        tl.store(p_dC + i_r * N + j_n, dC[None, :], m_r)
+        dy_turned = load(p_dy + t * s_dy, j_t * s_dy + i_d_turned, m_rd)
+        dC = tl.sum(turn(hs) * dy_turned, 0)
+        tl.store(p_dC + t * N + j_tn, dC[None, :], m_rn)
 
         g, r = grads4(a, by_state(C) * by_channel(dy), r)
         ddu = tl.sum(g * by_state(B), 1)
@@ -422,17 +502,18 @@ def backward(
         tl.store(p_du + o_td, (ddu * delta + skip * dy).to(p_du.dtype.element_ty), m_td)
         tl.store(p_ddt + o_td, ddt.to(p_ddt.dtype.element_ty), m_td)
         g_delta = g * by_channel(delta)
-        dB = tl.sum(turn(g_delta) * load(p_u, i_r * s_u + i_d_turned, m_dr), 0)
-        tl.store(p_dB + i_r * N + j_n, dB[None, :], m_r)
+        u_turned = load(p_u + t * s_u, j_t * s_u + i_d_turned, m_rd)
+        dB = tl.sum(turn(g_delta) * u_turned, 0)
+        tl.store(p_dB + t * N + j_tn, dB[None, :], m_rn)
         dA += tl.sum(g_delta * ps, 0)
-        dD += tl.sum(dy * u, 0)
-        dbias += tl.sum(ddt, 0)
+        dD += settle(tl.sum(dy * u, 0)[None, :])
+        dbias += settle(tl.sum(ddt, 0)[None, :])
     if LOG_A:
         dA *= by_pair(A) / LOG2E
     p_dparam += i_chunk * (N + 2) * D
     tl.store(p_dparam + i_nd, dA, mask=m_nd)
-    tl.store(p_dparam + N * D + i_d, dD[None, :], mask=m_d)
-    tl.store(p_dparam + (N + 1) * D + i_d, (BIASES * dbias)[None, :], mask=m_d)
+    tl.store(p_dparam + N * D + i_d, dD, mask=m_d)
+    tl.store(p_dparam + (N + 1) * D + i_d, BIASES * dbias, mask=m_d)
 
 
 @triton.jit

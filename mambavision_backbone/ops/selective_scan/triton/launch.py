@@ -13,12 +13,12 @@ from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
 WARPS = 1
-TILE_ENDS, TILE, TILE_BACK = 8, 8, 4  # tokens a thread holds at a time
-FEW_CHUNKS = 16  # up to so many are carried on by those who need their states
-CARRY_CHUNKS = 64  # that a program of ``carry`` holds at a time
-FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, FINISH_WARPS = 1024, 64, 32, 4
-PROGRAMS, PROGRAMS_BACK = 3168, 6336  # wanted: 24 and 48 for each multiprocessor of a large GPU
+TILE, TILE_BACK = 8, 4  # tokens a thread holds at a time
+PROGRAMS = 1056  # at most, where chunks are more than one: a large GPU's, all at the same time
 MIN_CHUNK, MAX_CHUNKS = 32, 256
+FEW_CHUNKS = 32  # up to so many are carried on by those who need their states
+CARRY_WARPS = 4
+FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, FINISH_WARPS = 1024, 64, 32, 4
 
 
 class Parameters(NamedTuple):
@@ -71,12 +71,12 @@ class _Sizes(NamedTuple):
         return BLOCK_D, power_of_2(self.dstate)
 
 
-def _sizes(u: Tensor, A: Tensor, programs: int) -> _Sizes:
+def _sizes(u: Tensor, A: Tensor) -> _Sizes:
     batch, seqlen, dim = u.shape
     blocks_d = ceil_div(dim, BLOCK_D)
-    wanted = min(ceil_div(programs, batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
+    wanted = min(PROGRAMS // (batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
     tokens = seqlen if wanted < 2 else ceil_div(seqlen, wanted)
-    tokens = ceil_div(tokens, 16) * 16  # whole tiles, whatever their size
+    tokens = ceil_div(tokens, TILE) * TILE
     chunks = ceil_div(seqlen, tokens)
     return _Sizes(batch, seqlen, dim, A.shape[1], tokens, chunks, blocks_d)
 
@@ -84,9 +84,14 @@ def _sizes(u: Tensor, A: Tensor, programs: int) -> _Sizes:
 def _rows(x: Tensor) -> Tensor:
     """The tensor with contiguous channels; other strides are the kernels' to follow.
 
-    They count the elements of one batch item in 32 bits.
+    They count the elements of one batch item in 32 bits, and read those of 16 bits in pairs.
     """
-    fits = x.stride(2) == 1 and x.shape[1] * x.stride(1) < 2**31
+    s_batch, s_token, s_channel = x.stride()
+    fits = s_channel == 1 and x.shape[1] * s_token < 2**31
+    if x.element_size() == 2:
+        if x.shape[2] % 2:
+            return x.float().contiguous()
+        fits = fits and (s_batch | s_token) % 2 == 0 and x.data_ptr() % 4 == 0
     return x if fits else x.contiguous()
 
 
@@ -129,7 +134,7 @@ def _ends(
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
             *sizes.lengths, sizes.chunks,
         ),
-        (*parameters.options, back, *sizes.block, TILE_BACK if back else TILE_ENDS),
+        (*parameters.options, back, *sizes.block, TILE),
         WARPS,
     )  # fmt: skip
     carried = sizes.chunks > FEW_CHUNKS
@@ -138,8 +143,8 @@ def _ends(
             kernels.carry,
             (sizes.blocks_d, sizes.dstate * len(ends), sizes.batch),
             (decay, ends[0], needed, sizes.chunks, sizes.dim, sizes.dstate),
-            (BLOCK_D, min(power_of_2(sizes.chunks), CARRY_CHUNKS)),
-            WARPS,
+            (BLOCK_D, power_of_2(sizes.chunks)),
+            CARRY_WARPS,
         )
     return _Ends(decay, ends[0], ends[-1], carried)
 
@@ -148,11 +153,11 @@ def scan(
     u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters, y: Tensor | None = None
 ) -> Tensor:
     """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous."""
-    u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
-    parameters = parameters.contiguous()
-    sizes = _sizes(u, parameters.A, PROGRAMS)
     if y is None:
         y = _like(u)
+    u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
+    parameters = parameters.contiguous()
+    sizes = _sizes(u, parameters.A)
     ends = _ends(sizes, (u, dt, B, C), parameters, None)
     launch(
         kernels.forward,
@@ -194,17 +199,17 @@ def scan_backward(
 
     States are computed again.
     """
-    dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
     parameters = parameters.contiguous()
-    sizes = _sizes(u, parameters.A, PROGRAMS_BACK)
+    dB, dC = dBC or (_like(B), _like(C))
+    A, D, dt_bias = (_like(x) for x in parameters[:3])
+    grads = Gradients(_like(u), _like(dt), A, dB, dC, D, dt_bias)
+    dy, u, dt, B, C = (_rows(x) for x in (dy, u, dt, B, C))
+    sizes = _sizes(u, parameters.A)
     batch, seqlen, dim, dstate, tokens, chunks, blocks_d = sizes
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-    dB, dC = dBC or (_like(B), _like(C))
-    A, D, dt_bias = (_like(x) for x in parameters[:3])
-    grads = Gradients(_like(u), _like(dt), A, dB, dC, D, dt_bias)
     parts = scratch(2, batch, blocks_d, seqlen, dstate)
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
