@@ -76,6 +76,17 @@ def test_value_and_gradients(shape: tuple[int, int, int, int], chunks: int) -> N
     check(compute(dy, inputs), exact(dy, inputs), FLOAT32)
 
 
+@pytest.mark.parametrize("seqlen", [5, 17, 80], ids=["one chunk", "two chunks", "many chunks"])
+def test_gradients_without_what_the_scan_kept(seqlen: int) -> None:
+    u, dt, A, B, C, D, dt_bias = (x.to(DEVICE) for x in make_inputs(2, seqlen, 4, 4))
+    parameters = launch.Parameters(A, D, dt_bias)
+    y, ends = launch.scan(u, dt, B, C, parameters)
+    dy = torch.randn_like(y)
+    kept, anew = (launch.scan_backward(dy, u, dt, B, C, parameters, e) for e in (ends, None))
+    for name, a, b in zip(NAMES, kept, anew, strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_gradient_of_fast_decays() -> None:
     """Where little is left of the past, dA is tiny: it must not come out as a difference."""
     inputs = make_inputs(1, 40, 4, 8)

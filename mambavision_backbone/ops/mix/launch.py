@@ -37,8 +37,9 @@ class MixFunction(torch.autograd.Function):
         x = torch.empty_like(y, memory_format=torch.contiguous_format)
         conv_silu.forward(xz, conv_x, conv_z, x, z)
         dt_BC = torch.mm(x.flatten(0, 1), x_proj.t())
-        scan(*_tokens(x, dt_BC, dt_proj, A_log.shape[1]), _parameters(A_log, D, dt_bias), y)
-        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC)
+        tokens = _tokens(x, dt_BC, dt_proj, A_log.shape[1])
+        _, ends = scan(*tokens, _parameters(A_log, D, dt_bias), y)
+        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC, ends)
         return yz
 
     @staticmethod
@@ -51,7 +52,7 @@ class MixFunction(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
-    xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC = ctx.saved_tensors
+    xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC, ends = ctx.saved_tensors
     dy, dz = dyz.chunk(2, 2)
     x = torch.empty(dy.shape, dtype=xz.dtype, device=xz.device)
     conv_silu.forward(xz, conv_x, conv_z, x, None)
@@ -60,7 +61,7 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
     tokens = _tokens(x, dt_BC, dt_proj, dstate)
     ddt_BC = torch.empty_like(dt_BC)
     _, dB, dC = ddt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
-    grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias), (dB, dC))
+    grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias), ends, (dB, dC))
 
     ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
     torch.mm(ddt, dt_proj, out=ddt_BC[:, :rank])

@@ -230,20 +230,20 @@ def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks"])
 def chunk_ends(
-    p_u, p_dt, p_A, p_B, p_C, p_bias, p_dy,
-    p_h, p_r, p_decay,
-    sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
+    p_v, p_dt, p_A, p_w, p_bias, p_end, p_decay,
+    sb_v, sb_dt, sb_w, s_v, s_dt, s_w,
     L, D, N, T, chunks,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, BACK: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Of chunks: the last state from a zero state, and what is left of a state before the chunk.
+    """Of every chunk but the last: the state behind it if there is none before it; v is u, w is B.
 
-    With BACK also the gradient that reaches the state before the chunk, if none comes from behind.
-    Writes h, r and decay, each (batch · chunks, N, D).
+    With BACK, of every chunk but the first, the gradient that reaches the state before it if none
+    comes from behind; v is dy, w is C. Writes that, end, and what is left of a state, or of its
+    gradient, across the chunk, decay: (batch, chunks, N, D).
     """
-    i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first_d = tl.program_id(1) * BD
+    i_c, i_b = tl.program_id(1) + BACK, tl.program_id(2).to(tl.int64)
+    first_d = tl.program_id(0) * BD
     i_d = first_d + tl.arange(0, BD)[None, :]
     i_s = tl.arange(0, S)[:, None]
     m_d = i_d < D
@@ -251,46 +251,38 @@ def chunk_ends(
     m_nd = (tl.arange(0, BN)[:, None] < N) & m_d
     A = load_A(p_A, i_d, D, N, BN, LOG_A)
     bias = load(p_bias, i_d, m_d) * BIASES
-    p_u += i_b * sb_u
+    p_v += i_b * sb_v
     p_dt += i_b * sb_dt
-    p_B += i_b * sb_B
+    p_w += i_b * sb_w
 
-    h = tl.zeros((1, BN, BD), tl.float32)
-    r = tl.zeros((1, BN, BD), tl.float32)
+    end = tl.zeros((1, BN, BD), tl.float32)
     total = tl.zeros((1, BD), tl.float32)
-    if BACK:
-        p_C += i_b * sb_C
-        p_dy += i_b * sb_dy
-    stop = tl.minimum(i_c * T + T, L)
-    i_t = i_c * T + i_s
-    next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+    start = i_c * T
+    stop = tl.minimum(start + T, L)
+    tiles = tl.cdiv(stop - start, S)
+    step = -S if BACK else S
+    i_t = (start + (tiles - 1) * S if BACK else start) + i_s
+    next_v = fetch(p_v, s_v, i_t, first_d, D, stop, BD)
     next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
-    next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
-    if BACK:
-        next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
-        next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
-    for t in range(i_c * T, stop, S):
-        u, dt, B = fetched(next_u, p_u), fetched(next_dt, p_dt), settle(fetched(next_B, p_B))
-        i_t = t + S + i_s
-        next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
+    next_w = fetch(p_w, s_w, i_t, 0, N, stop, BN)
+    for _ in range(0, tiles):
+        v, dt, w = fetched(next_v, p_v), fetched(next_dt, p_dt), settle(fetched(next_w, p_w))
+        m_td = (i_t < stop) & m_d
+        i_t += step  # in the end another chunk's, for nothing
+        next_v = fetch(p_v, s_v, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
-        next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
-        _raw, delta = step_size(dt, bias, (t + i_s < stop) & m_d, SOFTPLUS)
+        next_w = fetch(p_w, s_w, i_t, 0, N, stop, BN)
+        _raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
         delta = settle(delta)
         a = tl.exp2(by_channel(delta) * A)
-        _ps, _hs, h = states(a, by_channel(delta * u) * by_state(B), h, S)
         if BACK:
-            C, dy = settle(fetched(next_C, p_C)), fetched(next_dy, p_dy)
-            next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
-            next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
-            _gs, end = grads(a, by_state(C) * by_channel(dy), tl.zeros_like(h), S)
-            r += tl.exp2(A * by_channel(total)) * end
+            _gs, end = grads(a, by_channel(v) * by_state(w), end, S)
+        else:
+            _ps, _hs, end = states(a, by_channel(delta * v) * by_state(w), end, S)
         total += tl.sum(delta, 0)[None, :]
     o_nd = (i_b * chunks + i_c) * N * D + i_nd
-    tl.store(p_h + o_nd, by_pair(h), mask=m_nd)
+    tl.store(p_end + o_nd, by_pair(end), mask=m_nd)
     tl.store(p_decay + o_nd, by_pair(tl.exp2(A * by_channel(total))), mask=m_nd)
-    if BACK:
-        tl.store(p_r + o_nd, by_pair(r), mask=m_nd)
 
 
 @triton.jit
@@ -303,23 +295,23 @@ def compose_ends(p_decay, p_end, i_chunk, step, count, o, m, ND):
     return h
 
 
-@triton.jit(do_not_specialize=["needed", "chunks"])
-def carry(p_decay, p_ends, needed, chunks, D, N, BD: tl.constexpr, BK: tl.constexpr):
-    """From what ``chunk_ends`` writes: states behind every chunk, gradients before every chunk.
+@triton.jit(do_not_specialize=["chunks"])
+def carry(
+    p_decay, p_end, chunks, D, N, BACK: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """From what ``chunk_ends`` writes: states behind every chunk; with BACK gradients before.
 
-    They replace h and r, which lie one behind the other from p_ends on. One program holds BD
-    channels of a state in the ``needed`` first of at most BK chunks; for r in the last ones.
+    They replace its ends. One program holds all chunks, at most BK, of BD channels of a state.
     """
-    i_n, back = tl.program_id(1) % N, tl.program_id(1) // N
-    i_b = tl.program_id(2).to(tl.int64)
+    i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(0) * BD + tl.arange(0, BD)[None, :]
     i_c = tl.arange(0, BK)[:, None]
-    m = (i_c < needed) & (i_d < D)
-    i_c = tl.where(back == 1, chunks - 1 - i_c, i_c)
-    p_ends += back * tl.num_programs(2).to(tl.int64) * chunks * N * D
+    m = (i_c < chunks - 1) & (i_d < D)
+    if BACK:
+        i_c = chunks - 1 - i_c
     o = ((i_b * chunks + i_c) * N + i_n) * D + i_d
-    _decay, end = tl.associative_scan((load(p_decay, o, m), load(p_ends, o, m)), 0, compose)
-    tl.store(p_ends + o, end, mask=m)
+    _decay, end = tl.associative_scan((load(p_decay, o, m), load(p_end, o, m)), 0, compose)
+    tl.store(p_end + o, end, mask=m)
 
 
 @triton.jit
@@ -334,8 +326,8 @@ def forward(
 
     With CARRIED p_h is ``carry``'s, else ``chunk_ends``'s, which a few chunks are composed of here.
     """
-    i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first_d = tl.program_id(1) * BD
+    i_c, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first_d = tl.program_id(0) * BD
     i_d = first_d + tl.arange(0, BD)[None, :]
     i_s = tl.arange(0, S)[:, None]
     m_d = i_d < D
@@ -350,7 +342,7 @@ def forward(
     p_C += i_b * sb_C
     p_y += i_b * sb_y
 
-    i_chunk = i_b * tl.num_programs(0) + i_c
+    i_chunk = i_b * tl.num_programs(1) + i_c
     if CARRIED:
         h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
     else:
@@ -380,7 +372,7 @@ def forward(
 
 @triton.jit
 def backward(
-    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_decay, p_h, p_r,
+    p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_h_decay, p_h, p_r_decay, p_r,
     p_h_tile, p_du, p_ddt, p_dB, p_dC, p_dparam,
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
@@ -394,8 +386,8 @@ def backward(
     of channels, (batch, channel blocks, L, N), and dparam (batch · chunks, N + 2, D), the chunk's
     dA transposed, dD, ddt_bias.
     """
-    i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first_d = tl.program_id(1) * BD
+    i_c, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first_d = tl.program_id(0) * BD
     i_d = first_d + tl.arange(0, BD)[None, :]
     i_s = tl.arange(0, S)[:, None]
     m_d = i_d < D
@@ -411,18 +403,20 @@ def backward(
     p_dy += i_b * sb_dy
     p_du += i_b * L * D
     p_ddt += i_b * L * D
-    i_part = i_b * tl.num_programs(1) + tl.program_id(1)
+    i_part = i_b * tl.num_programs(0) + tl.program_id(0)
     p_dB += i_part * L * N
     p_dC += i_part * L * N
 
-    i_chunk = i_b * tl.num_programs(0) + i_c
-    behind = tl.num_programs(0) - 1 - i_c
+    i_chunk = i_b * tl.num_programs(1) + i_c
+    behind = tl.num_programs(1) - 1 - i_c
     if CARRIED:
         h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
         r = load(p_r + (i_chunk + 1) * N * D, i_nd, m_nd & (behind > 0))[None, :, :]
     else:
-        h = compose_ends(p_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, N * D)[None, :, :]
-        r = compose_ends(p_decay, p_r, i_chunk + behind, -1, behind, i_nd, m_nd, N * D)[None, :, :]
+        ND = N * D
+        h = compose_ends(p_h_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, ND)[None, :, :]
+        last = i_chunk + behind
+        r = compose_ends(p_r_decay, p_r, last, -1, behind, i_nd, m_nd, ND)[None, :, :]
     start = i_c * T
     stop = tl.minimum(start + T, L)
     tiles = tl.cdiv(stop - start, S)
@@ -450,7 +444,7 @@ def backward(
 
     tl.debug_barrier()  # h_tile is read below
     # Of a tile turned round: its channels and, side by side, the states of its tokens.
-    i_d_turned = tl.program_id(1) * BD + tl.arange(0, BD)[:, None]
+    i_d_turned = tl.program_id(0) * BD + tl.arange(0, BD)[:, None]
     j_t = tl.arange(0, S * BN)[None, :] // BN
     j_n = tl.arange(0, S * BN)[None, :] % BN
     j_tn = j_t * N + j_n

@@ -58,12 +58,17 @@ class _Sizes(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.chunks, self.blocks_d, self.batch
+        return self.blocks_d, self.chunks, self.batch
 
     @property
     def lengths(self) -> tuple[int, int, int, int]:
         """The kernels' L, D, N, T."""
         return self.seqlen, self.dim, self.dstate, self.tokens
+
+    @property
+    def carried(self) -> bool:
+        """Whether ``kernels.carry`` finds the states between the chunks."""
+        return self.chunks > FEW_CHUNKS
 
     @property
     def block(self) -> tuple[int, int]:
@@ -100,78 +105,64 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Ends(NamedTuple):
-    """What chunks do to states before them and gradients behind them; as the kernels take it.
-
-    Tensors are (batch, chunks, dstate, dim), or stand-ins where there is one chunk.
-    """
-
-    decay: Tensor
-    h: Tensor
-    r: Tensor
-    carried: bool
-
-
 def _ends(
-    sizes: _Sizes, tokens: tuple[Tensor, ...], parameters: Parameters, dy: Tensor | None
-) -> _Ends:
-    """Of every chunk that another one needs; r is h where dy is None."""
-    u, dt, B, C = tokens
-    if sizes.chunks == 1:
-        return _Ends(parameters.A, parameters.A, parameters.A, False)
-    back = dy is not None
-    dy_ = u if dy is None else dy
-    shape = (3 if back else 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim)
-    decay, *ends = torch.empty(shape, dtype=torch.float32, device=u.device).unbind()
-    needed = sizes.chunks if back else sizes.chunks - 1  # no chunk is behind the last one
+    sizes: _Sizes, v: Tensor, dt: Tensor, w: Tensor, parameters: Parameters, back: bool
+) -> Tensor:
+    """What chunks do to states before them, with ``back`` to gradients behind them.
+
+    As the kernels take it: (2, batch, chunks, dstate, dim), decays and ends.
+    """
+    shape = 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim
+    decay, end = ends = torch.empty(shape, dtype=torch.float32, device=v.device)
     launch(
         kernels.chunk_ends,
-        (needed, *sizes.grid[1:]),
+        (sizes.blocks_d, sizes.chunks - 1, sizes.batch),
         (
-            u, dt, parameters.A, B, C, parameters.dt_bias, dy_,
-            ends[0], ends[-1], decay,
-            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy_.stride(0),
-            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy_.stride(1),
+            v, dt, parameters.A, w, parameters.dt_bias, end, decay,
+            v.stride(0), dt.stride(0), w.stride(0), v.stride(1), dt.stride(1), w.stride(1),
             *sizes.lengths, sizes.chunks,
         ),
         (*parameters.options, back, *sizes.block, TILE),
         WARPS,
     )  # fmt: skip
-    carried = sizes.chunks > FEW_CHUNKS
-    if carried:
+    if sizes.carried:
         launch(
             kernels.carry,
-            (sizes.blocks_d, sizes.dstate * len(ends), sizes.batch),
-            (decay, ends[0], needed, sizes.chunks, sizes.dim, sizes.dstate),
-            (BLOCK_D, power_of_2(sizes.chunks)),
+            (sizes.blocks_d, sizes.dstate, sizes.batch),
+            (decay, end, sizes.chunks, sizes.dim, sizes.dstate),
+            (back, BLOCK_D, power_of_2(sizes.chunks)),
             CARRY_WARPS,
         )
-    return _Ends(decay, ends[0], ends[-1], carried)
+    return ends
 
 
 def scan(
     u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters, y: Tensor | None = None
-) -> Tensor:
-    """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous."""
+) -> tuple[Tensor, Tensor | None]:
+    """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous.
+
+    Returns y and what ``scan_backward`` else computes again, small, or None.
+    """
     if y is None:
         y = _like(u)
     u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
     parameters = parameters.contiguous()
     sizes = _sizes(u, parameters.A)
-    ends = _ends(sizes, (u, dt, B, C), parameters, None)
+    ends = _ends(sizes, u, dt, B, parameters, False) if sizes.chunks > 1 else None
+    decay, h = (parameters.A, parameters.A) if ends is None else ends  # stand-ins
     launch(
         kernels.forward,
         sizes.grid,
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, ends.decay, ends.h, y,
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, decay, h, y,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, ends.carried, *sizes.block, TILE),
+        (*parameters.options, sizes.carried, *sizes.block, TILE),
         WARPS,
     )  # fmt: skip
-    return y
+    return y, ends
 
 
 class Gradients(NamedTuple):
@@ -193,11 +184,12 @@ def scan_backward(
     B: Tensor,
     C: Tensor,
     parameters: Parameters,
+    ends: Tensor | None = None,
     dBC: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
     """Gradients; B's and C's into dBC where it is given, whose states are contiguous.
 
-    States are computed again.
+    ``ends`` are what ``scan`` returned. All other states are computed again.
     """
     parameters = parameters.contiguous()
     dB, dC = dBC or (_like(B), _like(C))
@@ -213,18 +205,21 @@ def scan_backward(
     parts = scratch(2, batch, blocks_d, seqlen, dstate)
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
-    ends = _ends(sizes, (u, dt, B, C), parameters, dy)
+    decay = h = r_decay = r = parameters.A  # stand-ins
+    if sizes.chunks > 1:
+        decay, h = _ends(sizes, u, dt, B, parameters, False) if ends is None else ends
+        r_decay, r = _ends(sizes, dy, dt, C, parameters, True)
     launch(
         kernels.backward,
         sizes.grid,
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, *ends[:3],
+            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, decay, h, r_decay, r,
             h_tile, grads.u, grads.dt, parts[0], parts[1], dparam,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, ends.carried, *sizes.block, TILE_BACK),
+        (*parameters.options, sizes.carried, *sizes.block, TILE_BACK),
         WARPS,
     )  # fmt: skip
     columns = ceil_div((dstate + 2) * dim, FINISH_COLUMNS)
@@ -254,7 +249,7 @@ def selective_scan(
     dt_softplus: bool,
 ) -> Tensor:
     """Scan. Arguments as in ``api.selective_scan``."""
-    return scan(u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))
+    return scan(u, dt, B, C, Parameters(A, D, dt_bias, dt_softplus))[0]
 
 
 def selective_scan_backward(
@@ -278,14 +273,16 @@ class SelectiveScanFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Arguments as in ``api.selective_scan``, in order."""
-        *tensors, ctx.dt_softplus = args
-        ctx.save_for_backward(*tensors)
-        return selective_scan(*args)
+        u, dt, A, B, C, D, dt_bias, ctx.dt_softplus = args
+        y, ends = scan(u, dt, B, C, Parameters(A, D, dt_bias, ctx.dt_softplus))
+        ctx.save_for_backward(u, dt, A, B, C, D, dt_bias, ends)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors."""
-        u, dt, A, B, C, D, dt_bias = ctx.saved_tensors
-        grads = selective_scan_backward(dy, u, dt, A, B, C, D, dt_bias, ctx.dt_softplus)
+        u, dt, A, B, C, D, dt_bias, ends = ctx.saved_tensors
+        parameters = Parameters(A, D, dt_bias, ctx.dt_softplus)
+        grads = scan_backward(dy, u, dt, B, C, parameters, ends)
         return *grads, None
