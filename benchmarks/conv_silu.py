@@ -71,9 +71,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
         row[f"{name}_error"] = relative_error(got, wanted)
         with torch.no_grad():
             row[f"{name}_forward_s"] = time_graph(lambda i, r=run: r(*sets[i]))
-        row[f"{name}_forward+backward_s"] = time_graph(
-            lambda i, r=run: with_grads(r, sets[i], dys)
-        )
+        row[f"{name}_forward+backward_s"] = time_graph(lambda i, r=run: with_grads(r, sets[i], dys))
     return row
 
 
