@@ -104,9 +104,10 @@ def main() -> None:
     with torch.no_grad():
         accelerate(model.eval(), torch.bfloat16)(x.bfloat16())
 
-    for dim in (5, 32):
-        tokens = [torch.randn(1, 48, n, dtype=torch.float16) for n in (dim, dim, 3, 3)]
-        parameters = scan.Parameters(torch.randn(dim, 3), torch.randn(dim), torch.randn(dim))
+    for dim, dstate in ((5, 3), (32, 2), (32, 16)):
+        tokens = [torch.randn(1, 48, n, dtype=torch.float16) for n in (dim, dim, dstate, dstate)]
+        A = torch.randn(dim, dstate)
+        parameters = scan.Parameters(A, torch.randn(dim), torch.randn(dim))
         for scan.FEW_CHUNKS in (1, 8):
             scan.scan(*tokens, parameters)
             scan.scan_backward(tokens[0], *tokens, parameters)

@@ -62,6 +62,21 @@ def test_value_and_gradients(shape: tuple[int, int, int], monkeypatch: pytest.Mo
         assert relative_error(a, b) < 1e-5, name
 
 
+@pytest.mark.parametrize("rank", [3, 4])
+def test_scan_reads_B_and_C_where_they_are(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambavision_backbone.ops.mix import launch
+    from mambavision_backbone.ops.selective_scan.triton.launch import _rows
+
+    scanned: list[Tensor] = []
+    original = launch.scan
+    monkeypatch.setattr(launch, "scan", lambda *a: (scanned.extend(a[:4]), original(*a))[1])
+    monkeypatch.setattr(package, "fusible", lambda _: True)
+    with torch.no_grad():
+        Weights(4, rank, 8).half().to(DEVICE)(torch.randn(2, 5, 8).half().to(DEVICE), "triton")
+    assert len(scanned) == 4
+    assert all(_rows(x) is x for x in scanned)
+
+
 def test_other_backends_and_layers_that_stand_in_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

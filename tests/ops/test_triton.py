@@ -118,26 +118,61 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dim", "dstate"), [(5, 3), (4, 1), (6, 4)], ids=str)
 def test_half_precision_that_does_not_come_in_pairs(dim: int, dstate: int) -> None:
     """Odd numbers of channels or states, odd strides, odd addresses."""
-    inputs = make_inputs(2, 20, dim, dstate)
-    wide = torch.cat([inputs[0][..., :1], *(inputs[i] for i in (0, 1, 3, 4))], 2).half()
-    if (1 + 2 * dim + 2 * dstate) % 2 == 0:
-        wide = torch.cat([wide, wide[..., :1]], 2)
-    start = 1
-    for i, size in ((0, dim), (1, dim), (3, dstate), (4, dstate)):
-        inputs[i] = wide[..., start : start + size]
-        start += size
-    dy = torch.randn(2, 20, dim + 1).half()[..., 1:]
+    inputs = [x.to(DEVICE) for x in make_inputs(2, 20, dim, dstate)]
+    sizes = [1, dim, dim, dstate, dstate]
+    wide = torch.randn(2, 20, sum(sizes)).half().to(DEVICE)
+    _, inputs[0], inputs[1], inputs[3], inputs[4] = wide.split(sizes, 2)
+    dy = torch.randn(2, 20, dim + 1).half().to(DEVICE)[..., 1:]
     got = compute(dy, inputs)
     assert [x.dtype for x in got] == [torch.float16, *(x.dtype for x in inputs)]
     check(got, exact(dy, inputs), 2 * torch.finfo(torch.float16).eps)
 
 
+def shifted(x: Tensor) -> Tensor:
+    """The same, one element behind an address that fits all sizes."""
+    return x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        shifted(torch.randn(2, 10, 4).half()),
+        torch.randn(2, 10, 6).half()[..., 1:5],
+        torch.randn(2, 10, 5).half()[..., :4],
+        torch.randn(99).half().as_strided((2, 10, 4), (45, 4, 1)),
+        torch.randn(1, 1, 65).half()[..., 49:57],
+        torch.randn(2, 10, 4).half().expand(2, 10, 4).transpose(1, 2),
+    ],
+    ids=["odd address", "of tokens", "odd rows", "odd batch", "one token", "transposed"],
+)
+def test_what_is_read_in_pairs_lies_at_even_places(x: Tensor) -> None:
+    rows = launch._rows(x)
+    assert rows.data_ptr() % 4 == 0
+    assert not any(stride % 2 for stride in rows.stride()[:2])
+    assert rows.stride(2) == 1
+    assert torch.equal(rows, x)
+
+
+def test_what_fits_is_not_copied() -> None:
+    for x in (torch.randn(2, 10, 5), torch.randn(2, 10, 36).half()[..., 20:28]):
+        assert launch._rows(x) is x
+
+
+def test_float64_step_sizes_beside_float32() -> None:
+    inputs = make_inputs(1, 20, 4, 4)
+    inputs[1], inputs[3] = inputs[1].double(), inputs[3].double()
+    dy = torch.randn_like(inputs[0])
+    got = compute(dy, inputs)
+    assert [x.dtype for x in got[1:]] == [x.dtype for x in inputs]
+    check(got, exact(dy, inputs), FLOAT32)
+
+
 def test_views_and_strided_gradients() -> None:
-    inputs = make_inputs(2, 10, 4, 4)
+    inputs = [x.to(DEVICE) for x in make_inputs(2, 10, 4, 4)]
     wide = torch.cat([inputs[0], inputs[3], inputs[1], inputs[4]], 2)
     inputs[0], inputs[3], inputs[1], inputs[4] = wide.split(4, 2)
     inputs[4] = inputs[4].transpose(1, 2).contiguous().transpose(1, 2)  # channels not contiguous
-    dy = torch.randn(2, 4, 10).transpose(1, 2)
+    dy = torch.randn(2, 4, 10, device=DEVICE).transpose(1, 2)
     check(compute(dy, inputs), exact(dy, inputs), FLOAT32)
 
 
@@ -164,12 +199,18 @@ def test_nan_propagates() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape",
-    [(2, 4200, 160, 8), (128, 49, 320, 8), (1, 1031, 40, 16), (128, 196, 160, 8), (2, 90, 40, 3)],
-    ids=["many chunks", "one", "carried, 16 states", "five", "two, 3 states"],
+    ("shape", "chunks"),
+    [
+        ((128, 49, 320, 8), range(1, 2)),
+        ((2, 90, 40, 3), range(2, 3)),
+        ((16, 256, 320, 8), range(3, 33)),
+        ((2, 4200, 160, 8), range(65, 129)),
+        ((1, 9000, 40, 16), range(129, 257)),
+    ],
+    ids=["one chunk", "two, 3 states", "a few", "many", "more than 128, 16 states"],
 )
 def test_error_is_that_of_eager_operators(
-    shape: tuple[int, int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int, int], chunks: range, dtype: torch.dtype
 ) -> None:
     """At most 1.5 times the error of PyTorch operators in the same dtype, against float64.
 
@@ -180,6 +221,7 @@ def test_error_is_that_of_eager_operators(
         torch.manual_seed(draw)
         inputs = make_inputs(*shape, draw)
         inputs = [(x.to(dtype) if x.dim() == 3 else x).cuda() for x in inputs]
+        assert launch._sizes(inputs[0], inputs[2]).chunks in chunks
         dy = torch.randn_like(inputs[0])
         wanted = exact(dy, inputs)
         leaves = [x.detach().requires_grad_() for x in inputs]

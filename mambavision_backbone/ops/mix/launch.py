@@ -14,7 +14,7 @@ from ..triton_support import compute_dtype
 
 
 class MixFunction(torch.autograd.Function):
-    """``mix`` with gradients; keeps xz and dt, B, C at low rank, and computes the rest again."""
+    """``mix`` with gradients; keeps xz, dt, B, C at low rank and a few states, not the rest."""
 
     @staticmethod
     def forward(
@@ -36,7 +36,9 @@ class MixFunction(torch.autograd.Function):
         y, z = yz.chunk(2, 2)
         x = torch.empty_like(y, memory_format=torch.contiguous_format)
         conv_silu.forward(xz, conv_x, conv_z, x, z)
-        dt_BC = torch.mm(x.flatten(0, 1), x_proj.t())
+        odd = dt_proj.shape[1] % 2  # then B and C follow at even addresses, as the scan wants them
+        dt_BC = x.new_empty(x.shape[0] * x.shape[1], odd + len(x_proj))[:, odd:]
+        torch.mm(x.flatten(0, 1), x_proj.t(), out=dt_BC)
         tokens = _tokens(x, dt_BC, dt_proj, A_log.shape[1])
         _, ends = scan(*tokens, _parameters(A_log, D, dt_bias), y)
         ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC, ends)

@@ -268,7 +268,7 @@ def chunk_ends(
     for _ in range(0, tiles):
         v, dt, w = fetched(next_v, p_v), fetched(next_dt, p_dt), settle(fetched(next_w, p_w))
         m_td = (i_t < stop) & m_d
-        i_t += step  # in the end another chunk's, for nothing
+        i_t += step  # in the end past the chunk, for nothing
         next_v = fetch(p_v, s_v, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
         next_w = fetch(p_w, s_w, i_t, 0, N, stop, BN)
@@ -421,6 +421,7 @@ def backward(
     stop = tl.minimum(start + T, L)
     tiles = tl.cdiv(stop - start, S)
     p_h_tile += (i_chunk * (T // S)) * N * D
+    tile = tl.cast(N, tl.int64) * D  # of states
     i_2s = tl.arange(0, 2 * S)[:, None]  # two tiles at a time: more to do while loads are under way
     i_t = start + i_2s
     next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
@@ -438,8 +439,8 @@ def backward(
         a1, a2 = halve(tl.exp2(by_channel(delta) * A))
         x1, x2 = halve(by_channel(delta * u) * by_state(B))
         _ps, _hs, middle = states(a1, x1, h, S)
-        tl.store(p_h_tile + k * N * D + i_nd, by_pair(h), mask=m_nd)
-        tl.store(p_h_tile + (k + 1) * N * D + i_nd, by_pair(middle), mask=m_nd)
+        tl.store(p_h_tile + k * tile + i_nd, by_pair(h), mask=m_nd)
+        tl.store(p_h_tile + (k + 1) * tile + i_nd, by_pair(middle), mask=m_nd)
         _ps, _hs, h = states(a2, x2, middle, S)
 
     tl.debug_barrier()  # h_tile is read below
@@ -452,7 +453,7 @@ def backward(
     dD = tl.zeros((1, BD), tl.float32)
     dbias = tl.zeros((1, BD), tl.float32)
     i_t = start + (tiles - 1) * S + i_s
-    next_h = load(p_h_tile + (tiles - 1) * N * D, i_nd, m_nd)
+    next_h = load(p_h_tile + (tiles - 1) * tile, i_nd, m_nd)
     next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
     next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
     next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
@@ -466,7 +467,7 @@ def backward(
         t = start + k * S
         more = tl.maximum(k - 1, 0)  # the first tile is fetched once more, for nothing
         i_t = start + more * S + i_s
-        next_h = load(p_h_tile + more * N * D, i_nd, m_nd)
+        next_h = load(p_h_tile + more * tile, i_nd, m_nd)
         next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
         next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
@@ -486,7 +487,7 @@ def backward(
         dC = tl.sum(turn(hs) * dy_turned, 0)
         tl.store(p_dC + t * N + j_tn, dC[None, :], m_rn)
 
-        g, r = grads4(a, by_state(C) * by_channel(dy), r)
+        g, r = grads(a, by_state(C) * by_channel(dy), r, S)
         ddu = tl.sum(g * by_state(B), 1)
         ddt = tl.sum(g * ps * A, 1) / LOG2E + ddu * u
         if SOFTPLUS:
@@ -500,6 +501,7 @@ def backward(
         dB = tl.sum(turn(g_delta) * u_turned, 0)
         tl.store(p_dB + t * N + j_tn, dB[None, :], m_rn)
         dA += tl.sum(g_delta * ps, 0)
+        # Settled, they take few registers.
         dD += settle(tl.sum(dy * u, 0)[None, :])
         dbias += settle(tl.sum(ddt, 0)[None, :])
     if LOG_A:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
 WARPS = 1
-TILE, TILE_BACK = 8, 4  # tokens a thread holds at a time
-PROGRAMS = 1056  # at most, where chunks are more than one: a large GPU's, all at the same time
+TILE, TILE_BACK = 8, 4  # tokens a thread holds at a time; ``backward`` also two of its tiles
+PROGRAMS_EACH = 8  # that a multiprocessor holds at the same time, of ``backward``
+MULTIPROCESSORS = 132  # where there is no GPU to ask
 MIN_CHUNK, MAX_CHUNKS = 32, 256
 FEW_CHUNKS = 32  # up to so many are carried on by those who need their states
 CARRY_WARPS = 4
@@ -76,12 +78,22 @@ class _Sizes(NamedTuple):
         return BLOCK_D, power_of_2(self.dstate)
 
 
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    if device < 0:
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _sizes(u: Tensor, A: Tensor) -> _Sizes:
+    """As many chunks as a GPU works on at once: a few more would make all wait for them."""
     batch, seqlen, dim = u.shape
     blocks_d = ceil_div(dim, BLOCK_D)
-    wanted = min(PROGRAMS // (batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
+    programs = PROGRAMS_EACH * _multiprocessors(u.get_device())
+    wanted = min(programs // (batch * blocks_d), MAX_CHUNKS, seqlen // MIN_CHUNK)
     tokens = seqlen if wanted < 2 else ceil_div(seqlen, wanted)
-    tokens = ceil_div(tokens, TILE) * TILE
+    tile = max(TILE, 2 * TILE_BACK)
+    tokens = ceil_div(tokens, tile) * tile
     chunks = ceil_div(seqlen, tokens)
     return _Sizes(batch, seqlen, dim, A.shape[1], tokens, chunks, blocks_d)
 
@@ -89,7 +101,8 @@ def _sizes(u: Tensor, A: Tensor) -> _Sizes:
 def _rows(x: Tensor) -> Tensor:
     """The tensor with contiguous channels; other strides are the kernels' to follow.
 
-    They count the elements of one batch item in 32 bits, and read those of 16 bits in pairs.
+    They count the elements of one batch item in 32 bits, and read those of 16 bits in pairs, others
+    as float32.
     """
     s_batch, s_token, s_channel = x.stride()
     fits = s_channel == 1 and x.shape[1] * s_token < 2**31
@@ -97,7 +110,10 @@ def _rows(x: Tensor) -> Tensor:
         if x.shape[2] % 2:
             return x.float().contiguous()
         fits = fits and (s_batch | s_token) % 2 == 0 and x.data_ptr() % 4 == 0
-    return x if fits else x.contiguous()
+    elif x.dtype != torch.float32:
+        return x.float().contiguous()
+    # Not contiguous(), which keeps odd addresses, and odd strides of axes of one.
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -141,7 +157,7 @@ def scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous.
 
-    Returns y and what ``scan_backward`` else computes again, small, or None.
+    Returns y and the decays and states of ``_ends``, for ``scan_backward``; None for one chunk.
     """
     if y is None:
         y = _like(u)
