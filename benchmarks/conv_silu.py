@@ -4,9 +4,9 @@
 
 causal-conv1d computes tokens t - 2 to t where the mixer wants t - 1 to t + 1: its output is ours
 one token late, and one token, with a zero behind the last one, has to be computed beside. Its time
-here leaves that out, and the copy that puts both branches side by side. Both read the same
-token-major tensor; errors ‖a − b‖ / ‖b‖ are against float64. CUDA graphs leave the host out. Prints
-a table and writes a JSON file.
+here leaves that out, and the copy that puts both branches side by side; the gradients of both are
+put side by side, as ours are. Both read the same token-major tensor; errors ‖a − b‖ / ‖b‖ are
+against float64. CUDA graphs leave the host out. Prints a table and writes a JSON file.
 """
 
 from __future__ import annotations

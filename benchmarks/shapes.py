@@ -1,10 +1,12 @@
 """What a backbone costs on a GPU as images grow, and when their shapes vary.
 
     python benchmarks/shapes.py
+    python benchmarks/shapes.py --draw benchmarks/results/shapes_float16.json
 
 Growth: time and memory against the side of one square image, and against the number of images of
 512×512; inference and training (forward and backward) as CUDA graphs, all networks alike; memory is
-what the graph keeps for its pass, weights and images not counted. Drawn into docs/images.
+what the graph keeps for its pass: without weights, images, gradients and maps, but for the maps of
+MambaVision's inference. Drawn into docs/images, from a stopped run's file, too (``--draw``).
 
 Varying shapes: twenty padded sizes of COCO images, two a batch, in turn; inference and training as
 each network is used where shapes vary: kernel by kernel (``eager``), MambaVision also by its
@@ -16,6 +18,7 @@ PyTorch allocates and what graphs keep for themselves.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -193,7 +196,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of varying shapes")
     parser.add_argument("--parts", nargs="+", default=["varying", "growth"])
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="draw what it holds, and stop")
     args = parser.parse_args()
+    if args.draw:
+        draw(json.loads(args.draw.read_text())["growth"])
+        return
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device; benchmarks/backbone.py measures on a CPU")
     facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
