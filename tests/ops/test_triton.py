@@ -141,7 +141,7 @@ def shifted(x: Tensor) -> Tensor:
         torch.randn(2, 10, 5).half()[..., :4],
         torch.randn(99).half().as_strided((2, 10, 4), (45, 4, 1)),
         torch.randn(1, 1, 65).half()[..., 49:57],
-        torch.randn(2, 10, 4).half().expand(2, 10, 4).transpose(1, 2),
+        torch.randn(2, 10, 4).half().transpose(1, 2),
     ],
     ids=["odd address", "of tokens", "odd rows", "odd batch", "one token", "transposed"],
 )

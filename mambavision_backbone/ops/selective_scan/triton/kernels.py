@@ -409,19 +409,18 @@ def backward(
 
     i_chunk = i_b * tl.num_programs(1) + i_c
     behind = tl.num_programs(1) - 1 - i_c
+    ND = tl.cast(N, tl.int64) * D
     if CARRIED:
-        h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
-        r = load(p_r + (i_chunk + 1) * N * D, i_nd, m_nd & (behind > 0))[None, :, :]
+        h = load(p_h + (i_chunk - 1) * ND, i_nd, m_nd & (i_c > 0))[None, :, :]
+        r = load(p_r + (i_chunk + 1) * ND, i_nd, m_nd & (behind > 0))[None, :, :]
     else:
-        ND = N * D
         h = compose_ends(p_h_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, ND)[None, :, :]
         last = i_chunk + behind
         r = compose_ends(p_r_decay, p_r, last, -1, behind, i_nd, m_nd, ND)[None, :, :]
     start = i_c * T
     stop = tl.minimum(start + T, L)
     tiles = tl.cdiv(stop - start, S)
-    p_h_tile += (i_chunk * (T // S)) * N * D
-    tile = tl.cast(N, tl.int64) * D  # of states
+    p_h_tile += i_chunk * (T // S) * ND
     i_2s = tl.arange(0, 2 * S)[:, None]  # two tiles at a time: more to do while loads are under way
     i_t = start + i_2s
     next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
@@ -439,13 +438,13 @@ def backward(
         a1, a2 = halve(tl.exp2(by_channel(delta) * A))
         x1, x2 = halve(by_channel(delta * u) * by_state(B))
         _ps, _hs, middle = states(a1, x1, h, S)
-        tl.store(p_h_tile + k * tile + i_nd, by_pair(h), mask=m_nd)
-        tl.store(p_h_tile + (k + 1) * tile + i_nd, by_pair(middle), mask=m_nd)
+        tl.store(p_h_tile + k * ND + i_nd, by_pair(h), mask=m_nd)
+        tl.store(p_h_tile + (k + 1) * ND + i_nd, by_pair(middle), mask=m_nd)
         _ps, _hs, h = states(a2, x2, middle, S)
 
     tl.debug_barrier()  # h_tile is read below
     # Of a tile turned round: its channels and, side by side, the states of its tokens.
-    i_d_turned = tl.program_id(0) * BD + tl.arange(0, BD)[:, None]
+    i_d_turned = first_d + tl.arange(0, BD)[:, None]
     j_t = tl.arange(0, S * BN)[None, :] // BN
     j_n = tl.arange(0, S * BN)[None, :] % BN
     j_tn = j_t * N + j_n
@@ -453,7 +452,7 @@ def backward(
     dD = tl.zeros((1, BD), tl.float32)
     dbias = tl.zeros((1, BD), tl.float32)
     i_t = start + (tiles - 1) * S + i_s
-    next_h = load(p_h_tile + (tiles - 1) * tile, i_nd, m_nd)
+    next_h = load(p_h_tile + (tiles - 1) * ND, i_nd, m_nd)
     next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
     next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
     next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)
@@ -467,7 +466,7 @@ def backward(
         t = start + k * S
         more = tl.maximum(k - 1, 0)  # the first tile is fetched once more, for nothing
         i_t = start + more * S + i_s
-        next_h = load(p_h_tile + more * tile, i_nd, m_nd)
+        next_h = load(p_h_tile + more * ND, i_nd, m_nd)
         next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
         next_dy = fetch(p_dy, s_dy, i_t, first_d, D, stop, BD)

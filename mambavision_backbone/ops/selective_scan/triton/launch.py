@@ -104,14 +104,13 @@ def _rows(x: Tensor) -> Tensor:
     They count the elements of one batch item in 32 bits, and read those of 16 bits in pairs, others
     as float32.
     """
+    pairs = x.element_size() == 2 and x.shape[2] % 2 == 0
+    if not pairs and x.dtype != torch.float32:
+        return x.float().contiguous()
     s_batch, s_token, s_channel = x.stride()
     fits = s_channel == 1 and x.shape[1] * s_token < 2**31
-    if x.element_size() == 2:
-        if x.shape[2] % 2:
-            return x.float().contiguous()
+    if pairs:
         fits = fits and (s_batch | s_token) % 2 == 0 and x.data_ptr() % 4 == 0
-    elif x.dtype != torch.float32:
-        return x.float().contiguous()
     # Not contiguous(), which keeps odd addresses, and odd strides of axes of one.
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
@@ -222,7 +221,7 @@ def scan_backward(
     dparam = scratch(batch * chunks, dstate + 2, dim)
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
     decay = h = r_decay = r = parameters.A  # stand-ins
-    if sizes.chunks > 1:
+    if chunks > 1:
         decay, h = _ends(sizes, u, dt, B, parameters, False) if ends is None else ends
         r_decay, r = _ends(sizes, dy, dt, C, parameters, True)
     launch(
