@@ -105,6 +105,16 @@ def test_without_softplus() -> None:
     check(compute(dy, inputs, False), exact(dy, inputs, False), FLOAT32)
 
 
+def test_without_softplus_and_a_negative_bias() -> None:
+    """Behind the last token dt is zero, and a decay of the bias alone would overflow."""
+    inputs = make_inputs(1, 9, 4, 2)
+    inputs[1] = 64 + (8 * inputs[1]).round().abs() / 8  # in eighths, so that the sum is exact
+    inputs[6] = torch.full_like(inputs[6], -64)
+    inputs[2] = -2 - inputs[2].abs()
+    dy = torch.randn_like(inputs[0])
+    check(compute(dy, inputs, False), exact(dy, inputs, False), FLOAT32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_inputs(dtype: torch.dtype) -> None:
     inputs = make_inputs(1, 20, 4, 8)

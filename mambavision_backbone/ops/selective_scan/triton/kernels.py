@@ -13,8 +13,8 @@ needed. There are no atomics, so results do not depend on the order of programs.
 
 Names: ``p_`` pointer, ``s_`` stride in elements (``sb_`` of the batch), ``i_`` index, ``m_`` mask;
 L seqlen, D dim, N dstate. With LOG_A, p_A holds log(-A) and dparam its gradient; p_bias is added
-BIASES times. All arithmetic is float32. A token past the end has Δ = 0 and u = 0: the scan's
-identity.
+BIASES times. All arithmetic is float32. A token past the end has u = dy = 0 and Δ ≥ 0: no state and
+no gradient comes of it.
 """
 
 import triton
@@ -159,9 +159,20 @@ def settle(x):
 
 
 @triton.jit
-def turn(x):
-    """(S, BN, BD) → (BD, S · BN)."""
-    return tl.trans(settle(tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))))
+def ones_of_load(p, o):
+    """Ones for ``sum_channels``: a load that reads nothing, of elements that do not adjoin."""
+    return tl.load(p + 2 * o, mask=o < 0, other=1.0)
+
+
+@triton.jit
+def sum_channels(x, ones):
+    """(S, BN, BD) → (1, S · BN).
+
+    The tile is turned round through shared memory, so that a thread sums one column. Left alone the
+    compiler sums by shuffles; but it follows the layout of a load, be it of (1, S · BN) ones.
+    """
+    x = settle(tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2])))
+    return tl.sum(tl.trans(x) * ones, 0)[None, :]
 
 
 @triton.jit
@@ -201,21 +212,21 @@ def fetch(p, s, i_t, first, X, stop, WIDTH: tl.constexpr):
 
 @triton.jit
 def fetched(x, p):
-    """In float32 what was fetched from p."""
+    """In float32, and settled, what was fetched from p."""
     if p.dtype.element_ty == tl.float32:
-        return x
+        return settle(x)
     else:
         low = x.to(tl.int16).to(p.dtype.element_ty, bitcast=True)
         high = (x >> 16).to(tl.int16).to(p.dtype.element_ty, bitcast=True)
-        return tl.reshape(tl.join(low, high), (x.shape[0], 2 * x.shape[1])).to(tl.float32)
+        x = tl.reshape(tl.join(low, high), (x.shape[0], 2 * x.shape[1]))
+        return settle(x.to(tl.float32))
 
 
 @triton.jit
 def step_size(dt, bias, m, SOFTPLUS: tl.constexpr):
-    """Return dt + bias and Δ, which is zero past the end."""
+    """Return dt + bias and Δ, which is at least zero past the end."""
     raw = dt + bias
-    delta = softplus(raw) if SOFTPLUS else raw
-    return raw, tl.where(m, delta, 0.0)
+    return raw, softplus(raw) if SOFTPLUS else tl.where(m, raw, 0.0)
 
 
 @triton.jit
@@ -266,14 +277,13 @@ def chunk_ends(
     next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
     next_w = fetch(p_w, s_w, i_t, 0, N, stop, BN)
     for _ in range(0, tiles):
-        v, dt, w = fetched(next_v, p_v), fetched(next_dt, p_dt), settle(fetched(next_w, p_w))
-        m_td = (i_t < stop) & m_d
+        v, dt, w = fetched(next_v, p_v), fetched(next_dt, p_dt), fetched(next_w, p_w)
+        m_t = i_t < stop
         i_t += step  # in the end past the chunk, for nothing
         next_v = fetch(p_v, s_v, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
         next_w = fetch(p_w, s_w, i_t, 0, N, stop, BN)
-        _raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
-        delta = settle(delta)
+        _raw, delta = step_size(dt, bias, m_t, SOFTPLUS)
         a = tl.exp2(by_channel(delta) * A)
         if BACK:
             _gs, end = grads(a, by_channel(v) * by_state(w), end, S)
@@ -355,7 +365,7 @@ def forward(
     next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
     for t in range(i_c * T, stop, S):
         u, dt = fetched(next_u, p_u), fetched(next_dt, p_dt)
-        B, C = settle(fetched(next_B, p_B)), settle(fetched(next_C, p_C))
+        B, C = fetched(next_B, p_B), fetched(next_C, p_C)
         i_t = t + S + i_s
         next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
@@ -427,14 +437,13 @@ def backward(
     next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
     next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
     for k in range(0, tiles, 2):
-        u, dt, B = fetched(next_u, p_u), fetched(next_dt, p_dt), settle(fetched(next_B, p_B))
-        m_td = (i_t < stop) & m_d
+        u, dt, B = fetched(next_u, p_u), fetched(next_dt, p_dt), fetched(next_B, p_B)
+        m_t = i_t < stop
         i_t += 2 * S
         next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
         next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
         next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
-        _raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
-        delta = settle(delta)
+        _raw, delta = step_size(dt, bias, m_t, SOFTPLUS)
         a1, a2 = halve(tl.exp2(by_channel(delta) * A))
         x1, x2 = halve(by_channel(delta * u) * by_state(B))
         _ps, _hs, middle = states(a1, x1, h, S)
@@ -443,11 +452,11 @@ def backward(
         _ps, _hs, h = states(a2, x2, middle, S)
 
     tl.debug_barrier()  # h_tile is read below
-    # Of a tile turned round: its channels and, side by side, the states of its tokens.
-    i_d_turned = first_d + tl.arange(0, BD)[:, None]
+    # Of a tile turned round: side by side, the states of its tokens.
     j_t = tl.arange(0, S * BN)[None, :] // BN
     j_n = tl.arange(0, S * BN)[None, :] % BN
     j_tn = j_t * N + j_n
+    ones = ones_of_load(p_dC, j_tn)
     dA = tl.zeros((BN, BD), tl.float32)
     dD = tl.zeros((1, BD), tl.float32)
     dbias = tl.zeros((1, BD), tl.float32)
@@ -462,7 +471,7 @@ def backward(
         k = tiles - 1 - back
         h = next_h[None, :, :]
         u, dt, dy = fetched(next_u, p_u), fetched(next_dt, p_dt), fetched(next_dy, p_dy)
-        B, C = settle(fetched(next_B, p_B)), settle(fetched(next_C, p_C))
+        B, C = fetched(next_B, p_B), fetched(next_C, p_C)
         t = start + k * S
         more = tl.maximum(k - 1, 0)  # the first tile is fetched once more, for nothing
         i_t = start + more * S + i_s
@@ -475,34 +484,26 @@ def backward(
         i_t = t + i_s
         m_td = (i_t < stop) & m_d
         raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
-        delta = settle(delta)
         a = tl.exp2(by_channel(delta) * A)
         x = by_channel(delta * u) * by_state(B)
         ps, hs, _h = states(a, x, h, S)
-        m_r = t + j_t < stop
-        m_rn, m_rd = m_r & (j_n < N), m_r & (i_d_turned < D)
-        # u and dy are loaded again, turned: that makes the compiler turn the tiles.
-        dy_turned = load(p_dy + t * s_dy, j_t * s_dy + i_d_turned, m_rd)
-        dC = tl.sum(turn(hs) * dy_turned, 0)
-        tl.store(p_dC + t * N + j_tn, dC[None, :], m_rn)
+        m_tn = (t + j_t < stop) & (j_n < N)
+        tl.store(p_dC + t * N + j_tn, sum_channels(hs * by_channel(dy), ones), m_tn)
 
         g, r = grads(a, by_state(C) * by_channel(dy), r, S)
+        r = settle(by_pair(r))[None, :, :]  # else two layouts of it are carried on
         ddu = tl.sum(g * by_state(B), 1)
-        ddt = tl.sum(g * ps * A, 1) / LOG2E + ddu * u
+        g_ps = g * ps
+        ddt = tl.sum(g_ps * A, 1) / LOG2E + ddu * u
         if SOFTPLUS:
-            ddt *= tl.sigmoid(raw)
-        ddt = tl.where(m_td, ddt, 0.0)
+            ddt *= tl.exp2((raw - delta) * LOG2E)  # the logistic function of raw
         o_td = i_t * D + i_d
         tl.store(p_du + o_td, (ddu * delta + skip * dy).to(p_du.dtype.element_ty), m_td)
         tl.store(p_ddt + o_td, ddt.to(p_ddt.dtype.element_ty), m_td)
-        g_delta = g * by_channel(delta)
-        u_turned = load(p_u + t * s_u, j_t * s_u + i_d_turned, m_rd)
-        dB = tl.sum(turn(g_delta) * u_turned, 0)
-        tl.store(p_dB + t * N + j_tn, dB[None, :], m_rn)
-        dA += tl.sum(g_delta * ps, 0)
-        # Settled, they take few registers.
-        dD += settle(tl.sum(dy * u, 0)[None, :])
-        dbias += settle(tl.sum(ddt, 0)[None, :])
+        tl.store(p_dB + t * N + j_tn, sum_channels(g * by_channel(delta * u), ones), m_tn)
+        dA += tl.sum(g_ps * by_channel(delta), 0)
+        dD += tl.sum(dy * u, 0)[None, :]
+        dbias += tl.sum(ddt, 0)[None, :]
     if LOG_A:
         dA *= by_pair(A) / LOG2E
     p_dparam += i_chunk * (N + 2) * D
