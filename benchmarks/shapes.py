@@ -62,13 +62,19 @@ def images(batch: int, height: int, width: int) -> torch.Tensor:
 def growth(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Times and memory of all sizes and numbers of images; kept beside ``out`` while they come."""
     inputs = {(1, side) for side in SIDES} | {(batch, 512) for batch in BATCHES}
-    rows = []
+    keys = ("network", "pass", "batch", "side")
+    rows = list(facts.get("growth", []))
+    held = {tuple(row[key] for key in keys) for row in rows}
     for name in GROWTH:
         for pass_, modes in PASSES.items():
+            wanted = [size for size in sorted(inputs) if (name, pass_, *size) not in held]
+            if not wanted:
+                continue
             model = build(name, pass_)
-            for batch, side in sorted(inputs):
+            for batch, side in wanted:
                 show(f"{name}, {pass_}, {batch}×{side}×{side}")
-                row = {"network": name, "pass": pass_, "batch": batch, "side": side}
+                row = dict(zip(keys, (name, pass_, batch, side), strict=True))
+                row["commit"] = commit()
                 x = images(batch, side, side)
                 built = modes(model, x, getattr(torch, args.dtype))
                 with torch.set_grad_enabled(pass_ == "training"):
@@ -196,6 +202,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of varying shapes")
     parser.add_argument("--parts", nargs="+", default=["varying", "growth"])
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the JSON file holds, measure what it lacks"
+    )
     parser.add_argument("--draw", type=Path, metavar="JSON", help="draw what it holds, and stop")
     args = parser.parse_args()
     if args.draw:
@@ -206,7 +215,11 @@ def main() -> None:
     facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
     facts |= {"timm": timm.__version__, "commit": commit()}
     out = args.out or RESULTS / f"shapes_{args.dtype}.json"
-    if "varying" in args.parts:
+    if args.resume and out.exists():
+        facts |= json.loads(out.read_text())
+        if facts["device"] != device_name("cuda"):
+            parser.error(f"{out} was measured on another device, {facts['device']}")
+    if "varying" in args.parts and "varying" not in facts:
         facts["varying"] = varying(args)
         for row in facts["varying"]:
             print(

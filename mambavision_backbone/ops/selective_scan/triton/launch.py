@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_support import ceil_div, launch, power_of_2
+from ...triton_support import ceil_div, launch, power_of_2, starts_early
 from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
@@ -129,6 +129,7 @@ def _ends(
     """
     shape = 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim
     decay, end = ends = torch.empty(shape, dtype=torch.float32, device=v.device)
+    early = starts_early(v.get_device())
     launch(
         kernels.chunk_ends,
         (sizes.blocks_d, sizes.chunks - 1, sizes.batch),
@@ -137,7 +138,7 @@ def _ends(
             v.stride(0), dt.stride(0), w.stride(0), v.stride(1), dt.stride(1), w.stride(1),
             *sizes.lengths, sizes.chunks,
         ),
-        (*parameters.options, back, *sizes.block, TILE),
+        (*parameters.options, back, *sizes.block, TILE, early),
         WARPS,
     )  # fmt: skip
     if sizes.carried:
@@ -145,8 +146,9 @@ def _ends(
             kernels.carry,
             (sizes.blocks_d, sizes.dstate, sizes.batch),
             (decay, end, sizes.chunks, sizes.dim, sizes.dstate),
-            (back, BLOCK_D, power_of_2(sizes.chunks)),
+            (back, BLOCK_D, power_of_2(sizes.chunks), early),
             CARRY_WARPS,
+            early,
         )
     return ends
 
@@ -165,6 +167,7 @@ def scan(
     sizes = _sizes(u, parameters.A)
     ends = _ends(sizes, u, dt, B, parameters, False) if sizes.chunks > 1 else None
     decay, h = (parameters.A, parameters.A) if ends is None else ends  # stand-ins
+    early = ends is not None and starts_early(u.get_device())
     launch(
         kernels.forward,
         sizes.grid,
@@ -174,8 +177,9 @@ def scan(
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, sizes.carried, *sizes.block, TILE),
+        (*parameters.options, sizes.carried, *sizes.block, TILE, early),
         WARPS,
+        early,
     )  # fmt: skip
     return y, ends
 
@@ -224,6 +228,7 @@ def scan_backward(
     if chunks > 1:
         decay, h = _ends(sizes, u, dt, B, parameters, False) if ends is None else ends
         r_decay, r = _ends(sizes, dy, dt, C, parameters, True)
+    early = starts_early(u.get_device())
     launch(
         kernels.backward,
         sizes.grid,
@@ -234,8 +239,9 @@ def scan_backward(
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, sizes.carried, *sizes.block, TILE_BACK),
+        (*parameters.options, sizes.carried, *sizes.block, TILE_BACK, early),
         WARPS,
+        early and chunks > 1,
     )  # fmt: skip
     columns = ceil_div((dstate + 2) * dim, FINISH_COLUMNS)
     programs = columns + 2 * batch * ceil_div(seqlen * dstate, FINISH_TOKENS)
@@ -247,8 +253,9 @@ def scan_backward(
             grads.B.stride(0), grads.C.stride(0), grads.B.stride(1), grads.C.stride(1),
             seqlen, dim, dstate, batch, blocks_d, batch * chunks, columns,
         ),
-        (FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS),
+        (FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, early),
         FINISH_WARPS,
+        early,
     )  # fmt: skip
     return grads
 
