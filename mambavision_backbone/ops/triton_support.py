@@ -108,7 +108,6 @@ def launch(
     args: Sequence[Tensor | int | float | None],
     constants: tuple[Any, ...],
     warps: int,
-    early: bool = False,
 ) -> None:
     """Start a kernel on the GPU of its first argument.
 
@@ -121,14 +120,12 @@ def launch(
         args: its arguments but the ``tl.constexpr`` ones.
         constants: its ``tl.constexpr`` arguments, in order; they come last.
         warps: of a program.
-        early: programs may begin while the kernel before is at its end; they wait for it themselves
-            (programmatic dependent launch; see ``starts_early``).
     """
     device = args[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, warps, early)
-    facts: list[Any] = [id(kernel), constants, warps, device, early]
+            return launch(kernel, grid, args, constants, warps)
+    facts: list[Any] = [id(kernel), constants, warps, device]
     values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
     for arg in args:
         if isinstance(arg, Tensor):
@@ -142,23 +139,10 @@ def launch(
     key = tuple(facts)
     compiled = _compiled.get(key)
     if compiled is None or not _starts_compiled[0]:
-        options = {"launch_pdl": True} if early else {}  # which older Tritons do not know
-        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps, **options)
+        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
     else:
         compiled[grid](*values, *constants)
     return None
-
-
-@functools.cache
-def starts_early(device: int) -> bool:
-    """Whether kernels on this GPU can be started ``early``."""
-    if device < 0 or interpreted() or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    try:
-        from triton.language.extra.cuda import gdc_wait  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _specialisation(value: float | None) -> Any:

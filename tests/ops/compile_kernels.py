@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 from mambavision_backbone import MambaVision
 from mambavision_backbone.inference import accelerate
 from mambavision_backbone.ops import mix, triton_support
-from mambavision_backbone.ops.selective_scan.triton import kernels
 from mambavision_backbone.ops.selective_scan.triton import launch as scan
 
 OPS = "mambavision_backbone.ops."
@@ -42,18 +41,16 @@ class Compiler:
         args: Sequence[Any],
         constants: tuple[Any, ...],
         warps: int,
-        early: bool = False,
     ) -> None:
         types = [type_of(arg) for arg in args]
         aligned = tuple(map(divisible, args))
         name = f"{kernel.__module__.removeprefix(OPS)}.{kernel.__name__}"
-        key = name, tuple(types), aligned, constants, warps, early
+        key = name, tuple(types), aligned, constants, warps
         if key in self.seen:
             return
         self.seen.add(key)
         source = source_of(kernel, types, aligned, constants)
-        options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
-        triton.compile(source, self.target, options)
+        triton.compile(source, self.target, {"num_warps": warps})
         print(name, flush=True)  # noqa: T201
 
 
@@ -96,9 +93,7 @@ def stand_in(name: str, value: Any) -> None:
 
 def main() -> None:
     """Train and infer."""
-    capability = int(sys.argv[1])
-    stand_in("launch", Compiler(capability))
-    stand_in("starts_early", lambda _: capability >= 90 and kernels.gdc_wait is not None)
+    stand_in("launch", Compiler(int(sys.argv[1])))
     stand_in("fusible", lambda _: True)
     mix.choose_backend = lambda *_: "triton"  # type: ignore[attr-defined]
     scan.MIN_CHUNK = 8

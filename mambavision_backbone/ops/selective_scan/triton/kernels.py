@@ -20,11 +20,6 @@ no gradient comes of it.
 import triton
 import triton.language as tl
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # an older Triton; EARLY is not set then
-    gdc_launch_dependents = gdc_wait = None
-
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -244,27 +239,13 @@ def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
     return (A * LOG2E)[None, :, :]
 
 
-@triton.jit
-def let_next_start(EARLY: tl.constexpr):
-    """Let the next kernel's programs begin, where this one's leave room; they ``await_last``."""
-    if EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def await_last(EARLY: tl.constexpr):
-    """Wait for all that the kernel before this one, started early, writes."""
-    if EARLY:
-        gdc_wait()
-
-
 @triton.jit(do_not_specialize=["chunks"])
 def chunk_ends(
     p_v, p_dt, p_A, p_w, p_bias, p_end, p_decay,
     sb_v, sb_dt, sb_w, s_v, s_dt, s_w,
     L, D, N, T, chunks,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, BACK: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, EARLY: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Of every chunk but the last: the state behind it if there is none before it; v is u, w is B.
 
@@ -272,7 +253,6 @@ def chunk_ends(
     comes from behind; v is dy, w is C. Writes that, end, and what is left of a state, or of its
     gradient, across the chunk, decay: (batch, chunks, N, D).
     """
-    let_next_start(EARLY)
     i_c, i_b = tl.program_id(1) + BACK, tl.program_id(2).to(tl.int64)
     first_d = tl.program_id(0) * BD
     i_d = first_d + tl.arange(0, BD)[None, :]
@@ -327,15 +307,12 @@ def compose_ends(p_decay, p_end, i_chunk, step, count, o, m, ND):
 
 @triton.jit(do_not_specialize=["chunks"])
 def carry(
-    p_decay, p_end, chunks, D, N,
-    BACK: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    p_decay, p_end, chunks, D, N, BACK: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """From what ``chunk_ends`` writes: states behind every chunk; with BACK gradients before.
 
     They replace its ends. One program holds all chunks, at most BK, of BD channels of a state.
     """
-    let_next_start(EARLY)
-    await_last(EARLY)
     i_n, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_d = tl.program_id(0) * BD + tl.arange(0, BD)[None, :]
     i_c = tl.arange(0, BK)[:, None]
@@ -353,7 +330,7 @@ def forward(
     sb_u, sb_dt, sb_B, sb_C, sb_y, s_u, s_dt, s_B, s_C, s_y,
     L, D, N, T,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CARRIED: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, EARLY: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Write y (batch, L, D) of every chunk.
 
@@ -375,18 +352,17 @@ def forward(
     p_C += i_b * sb_C
     p_y += i_b * sb_y
 
+    i_chunk = i_b * tl.num_programs(1) + i_c
+    if CARRIED:
+        h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
+    else:
+        h = compose_ends(p_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, N * D)[None, :, :]
     stop = tl.minimum(i_c * T + T, L)
     i_t = i_c * T + i_s
     next_u = fetch(p_u, s_u, i_t, first_d, D, stop, BD)
     next_dt = fetch(p_dt, s_dt, i_t, first_d, D, stop, BD)
     next_B = fetch(p_B, s_B, i_t, 0, N, stop, BN)
     next_C = fetch(p_C, s_C, i_t, 0, N, stop, BN)
-    await_last(EARLY)
-    i_chunk = i_b * tl.num_programs(1) + i_c
-    if CARRIED:
-        h = load(p_h + (i_chunk - 1) * N * D, i_nd, m_nd & (i_c > 0))[None, :, :]
-    else:
-        h = compose_ends(p_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, N * D)[None, :, :]
     for t in range(i_c * T, stop, S):
         u, dt = fetched(next_u, p_u), fetched(next_dt, p_dt)
         B, C = fetched(next_B, p_B), fetched(next_C, p_C)
@@ -411,7 +387,7 @@ def backward(
     sb_u, sb_dt, sb_B, sb_C, sb_dy, s_u, s_dt, s_B, s_C, s_dy,
     L, D, N, T,
     SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, BIASES: tl.constexpr, CARRIED: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, EARLY: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every chunk; CARRIED, p_h and p_r as in ``forward``.
 
@@ -420,7 +396,6 @@ def backward(
     of channels, (batch, channel blocks, L, N), and dparam (batch · chunks, N + 2, D), the chunk's
     dA transposed, dD, ddt_bias.
     """
-    let_next_start(EARLY)
     i_c, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first_d = tl.program_id(0) * BD
     i_d = first_d + tl.arange(0, BD)[None, :]
@@ -447,8 +422,11 @@ def backward(
     ND = tl.cast(N, tl.int64) * D
     if CARRIED:
         h = load(p_h + (i_chunk - 1) * ND, i_nd, m_nd & (i_c > 0))[None, :, :]
+        r = load(p_r + (i_chunk + 1) * ND, i_nd, m_nd & (behind > 0))[None, :, :]
     else:
         h = compose_ends(p_h_decay, p_h, i_chunk - i_c, 1, i_c, i_nd, m_nd, ND)[None, :, :]
+        last = i_chunk + behind
+        r = compose_ends(p_r_decay, p_r, last, -1, behind, i_nd, m_nd, ND)[None, :, :]
     start = i_c * T
     stop = tl.minimum(start + T, L)
     tiles = tl.cdiv(stop - start, S)
@@ -473,12 +451,6 @@ def backward(
         tl.store(p_h_tile + (k + 1) * ND + i_nd, by_pair(middle), mask=m_nd)
         _ps, _hs, h = states(a2, x2, middle, S)
 
-    await_last(EARLY)
-    if CARRIED:
-        r = load(p_r + (i_chunk + 1) * ND, i_nd, m_nd & (behind > 0))[None, :, :]
-    else:
-        last = i_chunk + behind
-        r = compose_ends(p_r_decay, p_r, last, -1, behind, i_nd, m_nd, ND)[None, :, :]
     tl.debug_barrier()  # h_tile is read below
     # Of a tile turned round: side by side, the states of its tokens.
     j_t = tl.arange(0, S * BN)[None, :] // BN
@@ -573,14 +545,13 @@ def finish(
     p_dB_parts, p_dC_parts, p_dparam, p_dB, p_dC, p_dA, p_dD, p_dbias,
     sb_dB, sb_dC, s_dB, s_dC,
     L, D, N, batch, parts, rows, blocks,
-    BP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sum dB, dC and dparam over their parts.
 
     The first ``blocks`` programs take BC columns of dparam's ``rows`` each, BR rows at a time, the
     others BP elements of a batch item's dB or dC.
     """
-    await_last(EARLY)
     i_p = tl.program_id(0)
     if i_p < blocks:
         i_c = i_p * BC + tl.arange(0, BC)[None, :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_support import ceil_div, launch, power_of_2, starts_early
+from ...triton_support import ceil_div, launch, power_of_2
 from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
@@ -129,7 +129,6 @@ def _ends(
     """
     shape = 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim
     decay, end = ends = torch.empty(shape, dtype=torch.float32, device=v.device)
-    early = starts_early(v.get_device())
     launch(
         kernels.chunk_ends,
         (sizes.blocks_d, sizes.chunks - 1, sizes.batch),
@@ -138,7 +137,7 @@ def _ends(
             v.stride(0), dt.stride(0), w.stride(0), v.stride(1), dt.stride(1), w.stride(1),
             *sizes.lengths, sizes.chunks,
         ),
-        (*parameters.options, back, *sizes.block, TILE, early),
+        (*parameters.options, back, *sizes.block, TILE),
         WARPS,
     )  # fmt: skip
     if sizes.carried:
@@ -146,9 +145,8 @@ def _ends(
             kernels.carry,
             (sizes.blocks_d, sizes.dstate, sizes.batch),
             (decay, end, sizes.chunks, sizes.dim, sizes.dstate),
-            (back, BLOCK_D, power_of_2(sizes.chunks), early),
+            (back, BLOCK_D, power_of_2(sizes.chunks)),
             CARRY_WARPS,
-            early,
         )
     return ends
 
@@ -167,7 +165,6 @@ def scan(
     sizes = _sizes(u, parameters.A)
     ends = _ends(sizes, u, dt, B, parameters, False) if sizes.chunks > 1 else None
     decay, h = (parameters.A, parameters.A) if ends is None else ends  # stand-ins
-    early = ends is not None and starts_early(u.get_device())
     launch(
         kernels.forward,
         sizes.grid,
@@ -177,9 +174,8 @@ def scan(
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, sizes.carried, *sizes.block, TILE, early),
+        (*parameters.options, sizes.carried, *sizes.block, TILE),
         WARPS,
-        early,
     )  # fmt: skip
     return y, ends
 
@@ -228,7 +224,6 @@ def scan_backward(
     if chunks > 1:
         decay, h = _ends(sizes, u, dt, B, parameters, False) if ends is None else ends
         r_decay, r = _ends(sizes, dy, dt, C, parameters, True)
-    early = starts_early(u.get_device())
     launch(
         kernels.backward,
         sizes.grid,
@@ -239,9 +234,8 @@ def scan_backward(
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
             *sizes.lengths,
         ),
-        (*parameters.options, sizes.carried, *sizes.block, TILE_BACK, early),
+        (*parameters.options, sizes.carried, *sizes.block, TILE_BACK),
         WARPS,
-        early and chunks > 1,
     )  # fmt: skip
     columns = ceil_div((dstate + 2) * dim, FINISH_COLUMNS)
     programs = columns + 2 * batch * ceil_div(seqlen * dstate, FINISH_TOKENS)
@@ -253,9 +247,8 @@ def scan_backward(
             grads.B.stride(0), grads.C.stride(0), grads.B.stride(1), grads.C.stride(1),
             seqlen, dim, dstate, batch, blocks_d, batch * chunks, columns,
         ),
-        (FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS, early),
+        (FINISH_TOKENS, FINISH_ROWS, FINISH_COLUMNS),
         FINISH_WARPS,
-        early,
     )  # fmt: skip
     return grads
 
