@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-openmmlab lint env env-openmmlab clean clean-env
+.PHONY: help demo test test-openmmlab lint bench env env-openmmlab clean clean-env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,12 @@ lint: env ## check style, formatting and types
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
+
+bench: env ## time the scan, backbones and whole models on a GPU, into benchmarks/results
+	.venv/bin/python benchmarks/scan.py
+	.venv/bin/python benchmarks/modes.py
+	.venv/bin/python benchmarks/shapes.py
+	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True .venv/bin/python benchmarks/detector.py
 
 env: ## make or complete .venv (the maintained mm packages)
 	@tools/dev/make_env.sh onedl .venv

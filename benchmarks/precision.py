@@ -123,7 +123,13 @@ def main() -> None:
     )
     parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs/precision")
     parser.add_argument("--tasks", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=list(RUNS),
+        choices=list(RUNS),
+        help="some of them, names with spaces in quotes; or --tasks: then --out and --picture too",
+    )
     parser.add_argument("--jobs", type=int, default=10, help="trainings at a time")
     parser.add_argument("--out", type=Path, default=RESULTS / "precision.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/precision.png")
@@ -133,12 +139,16 @@ def main() -> None:
         parser.error("needs a CUDA device: on a CPU the tools train in float32")
     if "float32" not in args.runs:
         parser.error("--runs needs float32, which the others are compared with")
+    some = set(args.runs) != set(RUNS) or set(args.tasks) != set(CONFIGS)
+    defaults = parser.get_default("out"), parser.get_default("picture")
+    if some and (args.out == defaults[0] or args.picture == defaults[1]):
+        parser.error("not all runs: give --out and --picture, or those of all would be lost")
     work = args.work_dir.resolve()
     sizes = ["--train", str(ITERATIONS * BATCH // EPOCHS), "--val", "100", "--size", "128"]
     draw_shapes = [sys.executable, ROOT / "tools/make_shapes.py", work / "data", *sizes]
     subprocess.run([*map(str, draw_shapes)], check=True, cwd=ROOT)
 
-    waiting = [(task, name) for task in args.tasks for name in args.runs]
+    waiting = [(task, name) for task in args.tasks for name in dict.fromkeys(args.runs)]
     started: dict[tuple[str, str], Any] = {}
     running: list[Any] = []
     while waiting or running:
@@ -161,10 +171,10 @@ def main() -> None:
             metrics = ", ".join(f"{k} {v:.3f}" for k, v in run["metrics"].items())
             finite = "all losses finite" if run["finite"] else "NOT ALL LOSSES FINITE"
             print(f"{task:13} {name:20} distance {run['distance']:.3f}, {finite}; {metrics}")
-        if "float32, other seed" not in runs:
+        halves = [run for name, run in runs.items() if not name.startswith("float32")]
+        if "float32, other seed" not in runs or not halves:
             continue
         apart = runs["float32, other seed"]["distance"]
-        halves = [run for name, run in runs.items() if not name.startswith("float32")]
         met = all(run["finite"] and run["distance"] <= apart for run in halves)
         print(
             f"{task}: as close to float32 as another seed's float32: {'met' if met else 'NOT met'}"

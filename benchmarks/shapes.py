@@ -64,10 +64,10 @@ def growth(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[d
     inputs = {(1, side) for side in SIDES} | {(batch, 512) for batch in BATCHES}
     keys = ("network", "pass", "batch", "side")
     rows = list(facts.get("growth", []))
-    held = {tuple(row[key] for key in keys) for row in rows}
+    measured = {tuple(row[key] for key in keys) for row in rows}
     for name in GROWTH:
         for pass_, modes in PASSES.items():
-            wanted = [size for size in sorted(inputs) if (name, pass_, *size) not in held]
+            wanted = [size for size in sorted(inputs) if (name, pass_, *size) not in measured]
             if not wanted:
                 continue
             model = build(name, pass_)
@@ -139,6 +139,7 @@ def varying(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "network": name,
                         "pass": pass_,
                         "mode": mode,
+                        "commit": commit(),
                         "first_rounds_s": first,
                         "median_s": statistics.median(later),
                         "min_s": min(later),
@@ -191,6 +192,18 @@ def stepper(model: nn.Module, pass_: str, graphs: int, dtype: torch.dtype) -> An
     return step
 
 
+def held(out: Path, facts: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What a run, finished or stopped, has left; an error if it was another device's or dtype's."""
+    files = [file for file in (out.with_name(out.name + ".part"), out) if file.exists()]
+    if not files:
+        return {}
+    found = json.loads(files[0].read_text())
+    for key in ("device", "dtype", "torch", "timm"):
+        if found[key] != facts[key]:
+            parser.error(f"{files[0]} has {key} {found[key]}, this run {facts[key]}")
+    return {key: found[key] for key in ("varying", "growth") if key in found}
+
+
 def main() -> None:
     """Measure, draw, print, write."""
     parser = argparse.ArgumentParser(
@@ -215,10 +228,8 @@ def main() -> None:
     facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
     facts |= {"timm": timm.__version__, "commit": commit()}
     out = args.out or RESULTS / f"shapes_{args.dtype}.json"
-    if args.resume and out.exists():
-        facts |= json.loads(out.read_text())
-        if facts["device"] != device_name("cuda"):
-            parser.error(f"{out} was measured on another device, {facts['device']}")
+    if args.resume:
+        facts |= held(out, facts, parser)
     if "varying" in args.parts and "varying" not in facts:
         facts["varying"] = varying(args)
         for row in facts["varying"]:

@@ -105,9 +105,10 @@ def test_without_softplus() -> None:
     check(compute(dy, inputs, False), exact(dy, inputs, False), FLOAT32)
 
 
-def test_without_softplus_and_a_negative_bias() -> None:
+@pytest.mark.parametrize("seqlen", [9, 20, 33], ids=["one chunk", "two", "carried"])
+def test_without_softplus_and_a_negative_bias(seqlen: int) -> None:
     """Behind the last token dt is zero, and a decay of the bias alone would overflow."""
-    inputs = make_inputs(1, 9, 4, 2)
+    inputs = make_inputs(1, seqlen, 4, 2)
     inputs[1] = 64 + (8 * inputs[1]).round().abs() / 8  # in eighths, so that the sum is exact
     inputs[6] = torch.full_like(inputs[6], -64)
     inputs[2] = -2 - inputs[2].abs()
@@ -188,13 +189,17 @@ def test_views_and_strided_gradients() -> None:
 
 @pytest.mark.parametrize("raw", [-80.0, -30.0, -9.0, 0.0, 19.0, 25.0, 100.0])
 def test_softplus_is_exact_in_its_tails(raw: float) -> None:
-    """Δ down to e^-80 keeps float32's relative accuracy; here y = Δ."""
+    """Δ down to e^-80, and its derivative, keep float32's relative accuracy; here y = Δ."""
     one, zero = torch.ones(1), torch.zeros(1)
     token = one.view(1, 1, 1)
     inputs = [token, raw * token, -token[0], token, token, zero, zero]
-    delta = selective_scan(*(x.to(DEVICE) for x in inputs), backend="triton")
-    wanted = torch.nn.functional.softplus(torch.tensor(raw, dtype=torch.float64))
-    torch.testing.assert_close(delta.double().item(), wanted.item(), rtol=FLOAT32, atol=0)
+    delta, _du, ddt, *_ = compute(token, inputs)
+    exact_raw = torch.tensor(raw, dtype=torch.float64)
+    for got, wanted in (
+        (delta, torch.nn.functional.softplus(exact_raw)),
+        (ddt, torch.sigmoid(exact_raw)),
+    ):
+        torch.testing.assert_close(got.double().item(), wanted.item(), rtol=FLOAT32, atol=0)
 
 
 def test_nan_propagates() -> None:

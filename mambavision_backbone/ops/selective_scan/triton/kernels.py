@@ -13,8 +13,8 @@ needed. There are no atomics, so results do not depend on the order of programs.
 
 Names: ``p_`` pointer, ``s_`` stride in elements (``sb_`` of the batch), ``i_`` index, ``m_`` mask;
 L seqlen, D dim, N dstate. With LOG_A, p_A holds log(-A) and dparam its gradient; p_bias is added
-BIASES times. All arithmetic is float32. A token past the end has u = dy = 0 and Δ ≥ 0: no state and
-no gradient comes of it.
+BIASES times. All arithmetic is float32. A token past the end has u = dy = 0 and Δ ≥ 0, and so,
+as A ≤ 0, a decay of at most 1: no state and no gradient comes of it.
 """
 
 import triton
@@ -160,7 +160,10 @@ def settle(x):
 
 @triton.jit
 def ones_of_load(p, o):
-    """Ones for ``sum_channels``: a load that reads nothing, of elements that do not adjoin."""
+    """Ones for ``sum_channels``, by a load that reads nothing: o is never negative.
+
+    Of elements that do not adjoin, for a thread would take four that do, and so four columns.
+    """
     return tl.load(p + 2 * o, mask=o < 0, other=1.0)
 
 
@@ -189,7 +192,7 @@ def by_state(x):
 
 @triton.jit
 def by_pair(x):
-    """(1, BN, BD) → (BN, BD); a sum over the axis of one crashes the compiler of Triton 3.0."""
+    """(1, BN, BD) → (BN, BD); a sum over the axis, stored, crashes Triton 3.0's compiler."""
     return tl.reshape(x, (x.shape[1], x.shape[2]))
 
 
@@ -224,7 +227,7 @@ def fetched(x, p):
 
 @triton.jit
 def step_size(dt, bias, m, SOFTPLUS: tl.constexpr):
-    """Return dt + bias and Δ, which is at least zero past the end."""
+    """Return dt + bias and Δ; past the end, where m is not, positive by softplus, else zero."""
     raw = dt + bias
     return raw, softplus(raw) if SOFTPLUS else tl.where(m, raw, 0.0)
 
