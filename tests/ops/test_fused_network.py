@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = "mambavision_backbone.ops."
+DRAWS = 3
 MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mix", "mlp"]
 
 
@@ -53,23 +54,32 @@ def test_training(
     tiny_arch: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """At most three times the error of PyTorch's operators, against float64.
+
+    Summed over some draws: batch norms multiply rounding by a thousand, with luck or without.
+    """
     arch = {**tiny_arch, "layer_scale": layer_scale, "layer_scale_conv": layer_scale}
-    model = MambaVision(arch, window_mode=mode, drop_path_rate=0.3).to(DEVICE)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    x = torch.randn(2, 3, 40, 48, device=DEVICE)
-    set_fused(monkeypatch, model, True)
-    got = run(model, x)
-    set_fused(monkeypatch, model, False)
-    model.load_state_dict(state)
-    plain = run(model, x)
-    model.double().load_state_dict(state)
-    exact = run(model, x.double())
-    for name, b in exact.items():
-        if name.endswith(("conv1.bias", "conv2.bias")):
-            assert (got[name] == 0).all()  # without the kernels: rounding
-        else:
-            floor = relative_error(plain[name], b)
-            assert relative_error(got[name], b) < max(3 * floor, 1e-5), name
+    errors: dict[str, list[float]] = {}
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        model = MambaVision(arch, window_mode=mode, drop_path_rate=0.3).to(DEVICE)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        x = torch.randn(2, 3, 40, 48, device=DEVICE)
+        set_fused(monkeypatch, model, True)
+        got = run(model, x)
+        set_fused(monkeypatch, model, False)
+        model.load_state_dict(state)
+        plain = run(model, x)
+        model.double().load_state_dict(state)
+        for name, exact in run(model, x.double()).items():
+            if name.endswith(("conv1.bias", "conv2.bias")):
+                assert (got[name] == 0).all()  # without the kernels: rounding
+                continue
+            total = errors.setdefault(name, [0.0, 0.0])
+            total[0] += relative_error(got[name], exact)
+            total[1] += relative_error(plain[name], exact)
+    for name, (ours, plains) in errors.items():
+        assert ours < max(3 * plains, 1e-5 * DRAWS), name
 
 
 def test_inference(tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
