@@ -227,7 +227,7 @@ def fetched(x, p):
 
 @triton.jit
 def step_size(dt, bias, m, SOFTPLUS: tl.constexpr):
-    """Return dt + bias and Δ; past the end, where m is not, positive by softplus, else zero."""
+    """Return dt + bias and Δ; past the end (not m) it is positive with softplus, else zero."""
     raw = dt + bias
     return raw, softplus(raw) if SOFTPLUS else tl.where(m, raw, 0.0)
 
