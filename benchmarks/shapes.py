@@ -74,7 +74,7 @@ def growth(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[d
             for batch, side in wanted:
                 show(f"{name}, {pass_}, {batch}×{side}×{side}")
                 row = dict(zip(keys, (name, pass_, batch, side), strict=True))
-                row["commit"] = commit()
+                row["commit"] = facts["commit"]
                 x = images(batch, side, side)
                 built = modes(model, x, getattr(torch, args.dtype))
                 with torch.set_grad_enabled(pass_ == "training"):
@@ -122,7 +122,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure.savefig(PICTURE, dpi=80)
 
 
-def varying(args: argparse.Namespace) -> list[dict[str, Any]]:
+def varying(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Times of a pass over shapes in turn."""
     rows = []
     for name in VARYING:
@@ -139,7 +139,7 @@ def varying(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "network": name,
                         "pass": pass_,
                         "mode": mode,
-                        "commit": commit(),
+                        "commit": facts["commit"],
                         "first_rounds_s": first,
                         "median_s": statistics.median(later),
                         "min_s": min(later),
@@ -231,7 +231,7 @@ def main() -> None:
     if args.resume:
         facts |= held(out, facts, parser)
     if "varying" in args.parts and "varying" not in facts:
-        facts["varying"] = varying(args)
+        facts["varying"] = varying(args, facts)
         for row in facts["varying"]:
             print(
                 f"{len(COCO)} shapes in turn: {row['network']:12}{row['pass']:10} {row['mode']:7}"

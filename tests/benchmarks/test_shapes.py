@@ -16,6 +16,7 @@ from torch import nn
 from tests.conftest import ROOT
 
 pytest.importorskip("matplotlib")
+BENCHMARKS = ("common", "modes", "shapes")  # also names of other modules, of tools say
 
 
 def test_make_bench_runs_what_there_is() -> None:
@@ -30,7 +31,7 @@ def test_make_bench_runs_what_there_is() -> None:
 def shapes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark, of two networks at two sides and two numbers of images."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("common", "modes", "shapes"):
+    for name in BENCHMARKS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import shapes
 
@@ -39,9 +40,8 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(shapes, "BATCHES", (1, 4))
     monkeypatch.setattr(shapes, "PASSES", {"training": lambda *_: {"graph": None}})
     monkeypatch.setattr(shapes, "build", lambda *_: nn.Linear(1, 1))
-    monkeypatch.setattr(shapes, "commit", lambda: "this")
     yield shapes
-    for name in ("common", "modes", "shapes"):
+    for name in BENCHMARKS:
         sys.modules.pop(name, None)
 
 
@@ -55,7 +55,9 @@ def test_growth_measures_what_is_missing(
     )
     done = [{"network": "A", "pass": "training", "batch": 1, "side": n} for n in (256, 512)]
     rows = shapes.growth(
-        argparse.Namespace(dtype="float16"), tmp_path / "out.json", {"growth": done}
+        argparse.Namespace(dtype="float16"),
+        tmp_path / "out.json",
+        {"commit": "this", "growth": done},
     )
     assert measured == [(4, 512, 512), (1, 256, 256), (1, 512, 512), (4, 512, 512)]
     assert rows[:2] == done

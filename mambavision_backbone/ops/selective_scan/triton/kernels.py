@@ -488,8 +488,8 @@ def backward(
         m_td = (i_t < stop) & m_d
         raw, delta = step_size(dt, bias, m_td, SOFTPLUS)
         a = tl.exp2(by_channel(delta) * A)
-        x = by_channel(delta * u) * by_state(B)
-        ps, hs, _h = states(a, x, h, S)
+        delta_u = by_channel(delta * u)
+        ps, hs, _h = states(a, delta_u * by_state(B), h, S)
         m_tn = (t + j_t < stop) & (j_n < N)
         tl.store(p_dC + t * N + j_tn, sum_channels(hs * by_channel(dy), ones), m_tn)
 
@@ -503,7 +503,7 @@ def backward(
         o_td = i_t * D + i_d
         tl.store(p_du + o_td, (ddu * delta + skip * dy).to(p_du.dtype.element_ty), m_td)
         tl.store(p_ddt + o_td, ddt.to(p_ddt.dtype.element_ty), m_td)
-        tl.store(p_dB + t * N + j_tn, sum_channels(g * by_channel(delta * u), ones), m_tn)
+        tl.store(p_dB + t * N + j_tn, sum_channels(g * delta_u, ones), m_tn)
         dA += tl.sum(g_ps * by_channel(delta), 0)
         dD += tl.sum(dy * u, 0)[None, :]
         dbias += tl.sum(ddt, 0)[None, :]
