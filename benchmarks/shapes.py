@@ -13,12 +13,18 @@ each network is used where shapes vary: kernel by kernel (``eager``), MambaVisio
 ``graphs``. The first two rounds are reported apart from the later ones: in the first one kernels
 are compiled and algorithms chosen, in the second graphs are captured; memory is the most that
 PyTorch allocates and what graphs keep for themselves.
+
+Recipe: training passes over the shapes that the recipes' multi-scale augmentation makes of batches
+of two images of COCO's commonest sizes, some six hundred; MambaVision by graphs of so many shapes.
+Memory is all that the process takes of the GPU, cuDNN and CUDA included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import statistics
 import time
 from pathlib import Path
@@ -39,11 +45,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PICTURE = RESULTS.parents[1] / "docs/images/growth.png"
+PARTS = ["varying", "recipe", "growth"]
 GROWTH = ["T fit", "T pad", "ConvNeXt-T"]
 SIDES, BATCHES = (256, 512, 768, 1024, 1536, 2048), (1, 4, 8, 16)
 VARYING = ["T fit", "ConvNeXt-T", "ResNet-50"]
 LANDSCAPE = [(800, width) for width in range(800, 1345, 64)]
 COCO = [*LANDSCAPE, *((w, h) for h, w in LANDSCAPE if w > h), (640, 1344), (1344, 640), (736, 1344)]
+
+# (width, height) of images of COCO, the commoner ones several times
+SIZES = [(640, 480)] * 8 + [(640, 427)] * 5 + [(640, 426), (640, 425), (500, 375), (500, 333)]
+SIZES += [(640, 360), (612, 612), *((h, w) for w, h in SIZES[6:14:2])]
+SHORT_SIDES, LONG_SIDE = range(480, 801, 32), 1333
+LIMITS = 0, 1024  # graphs
 
 
 def build(name: str, pass_: str) -> nn.Module:
@@ -153,6 +166,76 @@ def varying(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, A
     return rows
 
 
+def recipe_shapes(count: int) -> list[tuple[int, int]]:
+    """Heights and widths of batches as configs with coco_instance_multiscale.py make them."""
+    draw = random.Random(0)
+
+    def resize(width: int, height: int, short: int, long: int) -> tuple[int, int]:
+        scale = min(short / min(width, height), long / max(width, height))
+        return round(width * scale), round(height * scale)
+
+    def augment(width: int, height: int) -> tuple[int, int]:
+        if draw.random() < 0.5:
+            width, height = resize(width, height, draw.choice((400, 500, 600)), 4200)
+            width = draw.randint(min(width, 384), min(width, 600))
+            height = draw.randint(min(height, 384), min(height, 600))
+        return resize(width, height, draw.choice(SHORT_SIDES), LONG_SIDE)
+
+    shapes: list[tuple[int, int]] = []
+    waiting: dict[bool, tuple[int, int]] = {}  # images on their side, or not, share a batch
+    while len(shapes) < count:
+        size = draw.choice(SIZES)
+        wide, image = size[0] < size[1], augment(*size)
+        if wide not in waiting:
+            waiting[wide] = image
+            continue
+        sides = zip(waiting.pop(wide), image, strict=True)
+        width, height = (math.ceil(max(pair) / 32) * 32 for pair in sides)
+        shapes.append((height, width))
+    return shapes
+
+
+def recipe(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Times and memory of training passes over the recipe's shapes as they come."""
+    rows = []
+    for name in VARYING:
+        for limit in LIMITS if name.startswith("T ") else (0,):
+            passes = args.passes if limit else args.passes // 10
+            shapes = recipe_shapes(passes)
+            show(f"{name}, {limit} graphs, {passes} passes of the recipe")
+            before = torch.cuda.mem_get_info()[0]
+            model = build(name, "training")
+            run = stepper(model, "training", limit, getattr(torch, args.dtype))
+            seconds = []
+            for shape in shapes:
+                x = images(2, *shape)
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                run(x)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            tenths = [seconds[i * passes // 10 : (i + 1) * passes // 10] for i in range(10)]
+            graphs = len(model._graphs._passes) if limit else 0  # type: ignore[union-attr]
+            rows.append(
+                {
+                    "network": name,
+                    "limit": limit,
+                    "passes": passes,
+                    "shapes": len(set(shapes)),
+                    "graphs": graphs,
+                    "mean_s": [statistics.mean(tenth) for tenth in tenths],
+                    "memory_mib": (before - torch.cuda.mem_get_info()[0]) / 2**20,
+                    "allocated_mib": torch.cuda.max_memory_allocated() / 2**20,
+                    "graphs_mib": graph_bytes() / 2**20,
+                    "commit": facts["commit"],
+                }
+            )
+            del model, run
+            free()
+            torch.cuda.reset_peak_memory_stats()
+    return rows
+
+
 def rounds(
     model: nn.Module, pass_: str, graphs: int, args: argparse.Namespace
 ) -> tuple[float, list[float]]:
@@ -201,7 +284,7 @@ def held(out: Path, facts: dict[str, Any], parser: argparse.ArgumentParser) -> d
     for key in ("device", "dtype", "torch", "timm"):
         if found[key] != facts[key]:
             parser.error(f"{files[0]} has {key} {found[key]}, this run {facts[key]}")
-    return {key: found[key] for key in ("varying", "growth") if key in found}
+    return {key: found[key] for key in PARTS if key in found}
 
 
 def main() -> None:
@@ -213,7 +296,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10, help="counted runs of a size")
     parser.add_argument("--warmup", type=int, default=3, help="runs before them")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of varying shapes")
-    parser.add_argument("--parts", nargs="+", default=["varying", "growth"])
+    parser.add_argument("--passes", type=int, default=3000, help="over the recipe's shapes")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     parser.add_argument(
         "--resume", action="store_true", help="keep what the JSON file holds, measure what it lacks"
@@ -237,6 +321,16 @@ def main() -> None:
                 f"{len(COCO)} shapes in turn: {row['network']:12}{row['pass']:10} {row['mode']:7}"
                 f"{1e3 * row['median_s']:8.2f} ms, first two rounds {row['first_rounds_s']:.1f} s,"
                 f" peak {row['peak_mib']:.0f} MiB and {row['graphs_mib']:.0f} of graphs",
+                flush=True,
+            )
+        keep(out, facts)
+    if "recipe" in args.parts and "recipe" not in facts:
+        facts["recipe"] = recipe(args, facts)
+        for row in facts["recipe"]:
+            tenths = " ".join(f"{1e3 * s:.1f}" for s in row["mean_s"])
+            print(
+                f"{row['passes']} passes, {row['shapes']} shapes: {row['network']:12}"
+                f"{row['graphs']} graphs, ms of each tenth {tenths}, {row['memory_mib']:.0f} MiB",
                 flush=True,
             )
         keep(out, facts)

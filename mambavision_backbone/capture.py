@@ -39,14 +39,14 @@ class GraphMemory:
     @contextmanager
     def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Capture what is run inside."""
-        # A graph that dies while another one is captured spoils that, so no garbage is collected.
+        # A graph that dies while another one is captured spoils that, so no garbage is collected;
+        # nor before, which would take longer than all the rest.
         collects = gc.isenabled()
         # thread_local: other threads, say a loader's that pins memory, may go on
         captured = torch.cuda.graph(
             graph, self.pool, self.stream, capture_error_mode="thread_local"
         )
         try:
-            gc.collect()
             gc.disable()
             _clear_workspaces()  # no graph may use what lies outside of the pool
             with torch.cuda.device(self.device), captured:

@@ -47,6 +47,7 @@ class TrainingGraphs:
         self._replays = 0  # since the network changed
         self._short_lives = 0
         self._seen: set[Any] = set()
+        self._captured: _Snapshot | None = None  # the network of all passes
         self._passes: dict[Any, _Pass] = {}
         self._memory: GraphMemory | None = None
         self._under_way: Callable[[], _Ticket | None] = lambda: None
@@ -65,11 +66,10 @@ class TrainingGraphs:
             return forward(x)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = (x.shape, x.dtype, autocast)
-        captured = self._passes.get(key)
         moved = self._memory is not None and self._memory.device != x.device
-        if moved or (captured is not None and not captured.holds(network)):
+        if moved or (self._captured is not None and not self._captured.holds(network)):
             self._forget()
-            captured = None
+        captured = self._passes.get(key)
         room = len(self._passes) < self.limit and not self._stopped
         if captured is None and room and key in self._seen:
             captured = self._capture(key, forward, network, x)
@@ -111,6 +111,7 @@ class TrainingGraphs:
             self._stop("SyncBatchNorm talks to other processes")
             return None
         self._memory = self._memory or GraphMemory(x.device)
+        self._captured = self._captured or _Snapshot(network)
         try:
             self._passes[key] = _Pass(forward, network, x, self._memory)
         except torch.cuda.OutOfMemoryError as error:
@@ -133,6 +134,7 @@ class TrainingGraphs:
 
     def _forget(self) -> None:
         """Weights were moved, frozen or replaced: all graphs are of the past."""
+        self._captured = None
         self._passes.clear()
         self._seen.clear()
         self._memory = None
@@ -155,10 +157,6 @@ class _Pass:
         self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor, memory: GraphMemory
     ) -> None:
         self.weights = [p for p in network.parameters() if p.requires_grad]
-        self._state = _state_of(network)
-        # Kept, so that nothing else gets their identity; the network, which keeps this, is not.
-        modules = [module for module in network.modules() if module is not network]
-        self._known = [*modules, *network.parameters(), *network.buffers()]
         self.x = memory.image(x, _input_dtype(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _other_leaves(network, self.weights) as leaves:
@@ -177,10 +175,6 @@ class _Pass:
                 grads = [_laid_out_as(grad, weight) for grad, weight in pairs]
         self._grads = _Gradients(grads)
 
-    def holds(self, network: nn.Module) -> bool:
-        """Whether the network is as it was when it was captured."""
-        return _state_of(network) == self._state
-
     def forward(self, x: Tensor) -> Maps:
         """Maps of x, in memory of their own."""
         self.x.copy_(x)
@@ -194,17 +188,30 @@ class _Pass:
         return self._grads.copies()
 
 
-def _state_of(network: nn.Module) -> list[Any]:
-    """What a captured pass depends on: the modules with their settings, tensors and addresses."""
-    state: list[Any] = []
-    for module in network.modules():
-        own = module.__dict__
-        rate, momentum = own.get("drop_path_rate"), own.get("momentum")
-        state.append((id(module), module.training, rate, momentum))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                state.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
-    return state
+class _Snapshot:
+    """What captured passes depend on: a network's modules, their settings, tensors and addresses."""
+
+    def __init__(self, network: nn.Module) -> None:
+        # Kept, so that nothing else gets their identity; the network, which keeps this, is not.
+        self._modules = [module for module in network.modules() if module is not network]
+        self._tensors = [*network.parameters(), *network.buffers()]
+        self._facts = self._facts_of(network)
+
+    def holds(self, network: nn.Module) -> bool:
+        """Whether the network is as it was."""
+        return self._facts_of(network) == self._facts
+
+    def _facts_of(self, network: nn.Module) -> list[Any]:
+        """Of the modules that were there; their children show whether others are."""
+        facts: list[Any] = []
+        for module in (network, *self._modules):
+            own = module.__dict__
+            facts += own["training"], own.get("drop_path_rate"), own.get("momentum")
+            facts += map(id, own["_modules"].values())
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+                if tensor is not None:
+                    facts += id(tensor), tensor.data_ptr(), tensor.requires_grad
+        return facts
 
 
 class _Gradients:

@@ -1,13 +1,17 @@
 """Compile every kernel that a small network starts, for a GPU that need not be there.
 
     python tests/ops/compile_kernels.py 80
+    python tests/ops/compile_kernels.py 80 --shapes
 
 The interpreter takes programs that the compiler refuses. Prints the name of each kernel compiled.
+With ``--shapes`` nothing is compiled: prints each kernel with the number of times that images of
+many shapes would have it compiled for the same dtypes and constants.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +34,9 @@ VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 class Compiler:
     """Stands for ``launch``: compiles what has not been compiled yet, and starts nothing."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, only_count: bool) -> None:
         self.target = GPUTarget("cuda", capability, 32)
+        self.only_count = only_count
         self.seen: set[Any] = set()
 
     def __call__(
@@ -43,12 +48,17 @@ class Compiler:
         warps: int,
     ) -> None:
         types = [type_of(arg) for arg in args]
-        aligned = tuple(map(divisible, args))
+        aligned = tuple(
+            divisible(arg) and not parameter.do_not_specialize
+            for parameter, arg in zip(kernel.params, args, strict=False)
+        )
         name = f"{kernel.__module__.removeprefix(OPS)}.{kernel.__name__}"
         key = name, tuple(types), aligned, constants, warps
         if key in self.seen:
             return
         self.seen.add(key)
+        if self.only_count:
+            return
         source = source_of(kernel, types, aligned, constants)
         triton.compile(source, self.target, {"num_warps": warps})
         print(name, flush=True)  # noqa: T201
@@ -62,8 +72,10 @@ def type_of(arg: Any) -> str:
 
 
 def divisible(arg: Any) -> bool:
-    """Whether Triton compiles for a multiple of 16; tensors of their own are aligned."""
-    return isinstance(arg, Tensor) or (isinstance(arg, int) and arg % 16 == 0)
+    """Whether Triton compiles for a multiple of 16, or of 16 bytes: tensors begin at one."""
+    if isinstance(arg, Tensor):
+        return arg.storage_offset() * arg.element_size() % 16 == 0
+    return isinstance(arg, int) and arg % 16 == 0
 
 
 def source_of(
@@ -91,18 +103,34 @@ def stand_in(name: str, value: Any) -> None:
             setattr(module, name, value)
 
 
+def train_and_infer(model: MambaVision, height: int, width: int) -> None:
+    """Both once."""
+    x = torch.randn(1, 3, height, width)
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(o.float().mean() for o in model.train()(x)).backward()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        accelerate(model.eval(), torch.bfloat16)(x.bfloat16())
+
+
 def main() -> None:
-    """Train and infer."""
-    stand_in("launch", Compiler(int(sys.argv[1])))
+    """Train and infer; then scans of other sizes, or images of other shapes."""
+    only_count = "--shapes" in sys.argv
+    compiler = Compiler(int(sys.argv[1]), only_count)
+    stand_in("launch", compiler)
     stand_in("fusible", lambda _: True)
     mix.choose_backend = lambda *_: "triton"  # type: ignore[attr-defined]
     scan.MIN_CHUNK = 8
-    model = MambaVision("B", drop_path_rate=0.3, window_mode="fit")
-    x = torch.randn(1, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        sum(o.float().mean() for o in model(x)).backward()  # type: ignore[attr-defined]
-    with torch.no_grad():
-        accelerate(model.eval(), torch.bfloat16)(x.bfloat16())
+    if only_count:
+        arch = {"dim": 32, "in_dim": 16, "depths": (1, 1, 2, 2), "num_heads": (2, 2, 4, 4)}
+        model = MambaVision(arch, drop_path_rate=0.3, window_mode="fit")
+        for height in range(32, 257, 32):
+            for width in range(height, 257, 32):
+                train_and_infer(model, height, width)
+        variants = Counter((key[:2], key[3:]) for key in compiler.seen)
+        for ((name, _types), _others), count in variants.items():
+            print(name, count)  # noqa: T201
+        return
+    train_and_infer(MambaVision("B", drop_path_rate=0.3, window_mode="fit"), 64, 64)
 
     for dim, dstate in ((5, 3), (32, 2), (32, 16)):
         tokens = [torch.randn(1, 48, n, dtype=torch.float16) for n in (dim, dim, dstate, dstate)]

@@ -22,11 +22,12 @@ KERNELS = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_all_kernels_compile(capability: int) -> None:
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+
+
+def output(*arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, SCRIPT, str(capability)],
+        [sys.executable, SCRIPT, *arguments],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(SCRIPT.parents[2])},
         capture_output=True,
         text=True,
@@ -34,5 +35,17 @@ def test_all_kernels_compile(capability: int) -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_kernels_compile(capability: int) -> None:
     names = {f"{op}.kernels.{name}" for op, names in KERNELS.items() for name in names}
-    assert set(result.stdout.split()) == names
+    assert set(output(str(capability)).split()) == names
+
+
+def test_images_of_other_shapes_compile_next_to_nothing() -> None:
+    """Or training on images of many sizes would stop for a second again and again."""
+    counts = [line.split() for line in output("90", "--shapes").splitlines()]
+    assert len(counts) > 20
+    assert [name for name, count in counts if int(count) > 4] == []

@@ -19,7 +19,7 @@ def taps(p, m):
     return load(p, m), load(p + 1, m), load(p + 2, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L"])
 def forward(
     p_xz, p_wx, p_wz, p_x, p_z,
     s_xz, s_x, s_z, rows, L, D,
@@ -56,7 +56,7 @@ def slope(y):
     return s * (1 + y * (1 - s))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L", "tiles"])
 def backward(
     p_dx, p_dz, p_xz, p_wx, p_wz, p_dxz, p_dw,
     s_dx, s_dz, s_xz, rows, L, D, tiles,

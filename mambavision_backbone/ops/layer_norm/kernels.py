@@ -11,7 +11,7 @@ import triton.language as tl
 from ..triton_common import load
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L"])
 def forward(
     p_x, p_y, p_bias, p_gamma, p_factor, p_w, p_b, p_sum, p_n, p_mean, p_rstd,
     rows, L, C, eps,
@@ -49,7 +49,7 @@ def forward(
         tl.store(p_rstd + i_r[:, None], rstd, m_r[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L", "tiles"])
 def backward(
     p_dn, p_dsum, p_sum, p_y, p_bias, p_gamma, p_factor, p_w, p_mean, p_rstd,
     p_dx, p_dy, p_dparam,
@@ -118,7 +118,7 @@ def map_offsets(i_p, i_c, W, s_h, s_w, s_c):
     return ((i_p // W) * s_h + (i_p % W) * s_w)[:, None] + i_c * s_c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W"])
 def map_forward(
     p_x, p_w, p_b, p_y, p_mean, p_rstd,
     sb_x, s_h, s_w, s_c, P, W, C, eps,
@@ -140,7 +140,7 @@ def map_forward(
     tl.store(p_rstd + i_b * P + i_p, rstd, m_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "tiles"])
 def map_backward(
     p_dy, p_x, p_w, p_mean, p_rstd, p_dx, p_dparam,
     sb_dy, sc_dy, sp_dy, sb_x, s_h, s_w, s_c, P, W, C, tiles,

@@ -46,7 +46,8 @@ def _forward(
     normed = torch.empty_like(x, dtype=compute_dtype(total))
     mean = rstd = None
     if stats:
-        mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device).unbind()
+        padded = ceil_div(rows, 4) * 4  # both aligned, else Triton compiles for either
+        mean, rstd = torch.empty(2, padded, dtype=torch.float32, device=x.device).unbind()
     block = power_of_2(channels)
     launch(
         kernels.forward,

@@ -6,7 +6,7 @@ import triton.language as tl
 from ..triton_common import load
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def column_sum(
     p_x, p_sum,
     s_x, rows, C, tiles,

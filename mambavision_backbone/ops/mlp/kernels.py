@@ -6,7 +6,7 @@ import triton.language as tl
 from ..triton_common import load
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def backward(
     p_dg, p_h, p_dh, p_g, p_db,
     rows, C, tiles,

@@ -242,7 +242,7 @@ def load_A(p_A, i_d, D, N, BN: tl.constexpr, LOG_A: tl.constexpr):
     return (A * LOG2E)[None, :, :]
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["sb_w", "L", "T", "chunks"])
 def chunk_ends(
     p_v, p_dt, p_A, p_w, p_bias, p_end, p_decay,
     sb_v, sb_dt, sb_w, s_v, s_dt, s_w,
@@ -327,7 +327,7 @@ def carry(
     tl.store(p_end + o, end, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sb_B", "sb_C", "L", "T"])
 def forward(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_decay, p_h, p_y,
     sb_u, sb_dt, sb_B, sb_C, sb_y, s_u, s_dt, s_B, s_C, s_y,
@@ -383,7 +383,7 @@ def forward(
         tl.store(p_y + i_t * s_y + i_d, y.to(p_y.dtype.element_ty), mask=m_td)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sb_B", "sb_C", "L", "T"])
 def backward(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_bias, p_dy, p_h_decay, p_h, p_r_decay, p_r,
     p_h_tile, p_du, p_ddt, p_dB, p_dC, p_dparam,
@@ -543,7 +543,7 @@ def sum_tokens(p_parts, p_sum, sb_sum, s_sum, i_b, i_tn, L, N, parts, BP: tl.con
     tl.store(p_sum + o, total.to(p_sum.dtype.element_ty), m)
 
 
-@triton.jit(do_not_specialize=["batch", "parts", "rows", "blocks"])
+@triton.jit(do_not_specialize=["sb_dB", "sb_dC", "batch", "parts", "rows", "blocks"])
 def finish(
     p_dB_parts, p_dC_parts, p_dparam, p_dB, p_dC, p_dA, p_dD, p_dbias,
     sb_dB, sb_dC, s_dB, s_dC,
