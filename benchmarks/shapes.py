@@ -195,9 +195,9 @@ def recipe_shapes(count: int) -> list[tuple[int, int]]:
     return shapes
 
 
-def recipe(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Times and memory of training passes over the recipe's shapes as they come."""
-    rows = []
+def recipe(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Times and memory of training passes over the recipe's shapes; kept as ``growth`` keeps."""
+    rows: list[dict[str, Any]] = []
     for name in VARYING:
         for limit in LIMITS if name.startswith("T ") else (0,):
             passes = args.passes if limit else args.passes // 10
@@ -230,6 +230,7 @@ def recipe(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, An
                     "commit": facts["commit"],
                 }
             )
+            keep(out, {**facts, "recipe": rows})
             del model, run
             free()
             torch.cuda.reset_peak_memory_stats()
@@ -325,12 +326,12 @@ def main() -> None:
             )
         keep(out, facts)
     if "recipe" in args.parts and "recipe" not in facts:
-        facts["recipe"] = recipe(args, facts)
+        facts["recipe"] = recipe(args, out, facts)
         for row in facts["recipe"]:
             tenths = " ".join(f"{1e3 * s:.1f}" for s in row["mean_s"])
             print(
                 f"{row['passes']} passes, {row['shapes']} shapes: {row['network']:12}"
-                f"{row['graphs']} graphs, ms of each tenth {tenths}, {row['memory_mib']:.0f} MiB",
+                f"{row['graphs']:4} graphs, ms of each tenth {tenths}, {row['memory_mib']:.0f} MiB",
                 flush=True,
             )
         keep(out, facts)
