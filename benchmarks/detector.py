@@ -48,10 +48,10 @@ TASKS = {  # name: (library, config, images of a training iteration, their heigh
 }
 GRAPHED = "T fit, graphs"
 NETWORKS: dict[str, dict[str, Any]] = {  # what differs from the config's backbone
-    "T fit": {},
+    "T fit": {"graphs": 0},
     GRAPHED: {"graphs": 8},
-    "T pad": {"window_mode": "pad"},
-    "T fit, with_cp": {"with_cp": True},
+    "T pad": {"window_mode": "pad", "graphs": 0},
+    "T fit, with_cp": {"with_cp": True, "graphs": 0},
     "ResNet-50": {"_delete_": True, "type": "ResNet", "depth": 50},
     "Swin-T": {"_delete_": True, "type": "SwinTransformer", "drop_path_rate": 0.2},
 }

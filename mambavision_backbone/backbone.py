@@ -93,7 +93,7 @@ class MambaVision(BaseModule):
         self.with_cp = with_cp
         check_backend(scan_backend)
         if graphs and (compile or with_cp):
-            raise ValueError("graphs cannot be had together with compile or with_cp")
+            raise ValueError("graphs cannot be had together with compile or with_cp: set graphs=0")
         self._graphs = TrainingGraphs(graphs)
 
         arch_ = self.arch

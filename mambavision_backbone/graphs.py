@@ -189,7 +189,7 @@ class _Pass:
 
 
 class _Snapshot:
-    """What captured passes depend on: a network's modules, their settings, tensors and addresses."""
+    """What captured passes depend on: modules, their settings, tensors and addresses."""
 
     def __init__(self, network: nn.Module) -> None:
         # Kept, so that nothing else gets their identity; the network, which keeps this, is not.

@@ -1,4 +1,5 @@
-# Mask R-CNN 1x with MambaVision-T and fitted windows: for smaller budgets. No published result.
+# Mask R-CNN 1x with MambaVision-T and fitted windows: for smaller budgets; trained by CUDA
+# graphs of up to 32 image sizes (docs/speed.md). No published result.
 # The backbone started from ImageNet weights: tools/train.py --pretrained.
 _base_ = [
     "./_base_/models/mask_rcnn.py",
@@ -7,4 +8,4 @@ _base_ = [
     "./_base_/default_runtime.py",
 ]
 
-model = dict(backbone=dict(window_mode="fit"))
+model = dict(backbone=dict(window_mode="fit", graphs=32))

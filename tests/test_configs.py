@@ -66,11 +66,13 @@ def test_config_builds(name: str) -> None:
     assert model.backbone.out_indices == (0, 1, 2, 3)
 
 
-def test_fit_twins_differ_in_the_windows_alone() -> None:
+def test_fit_twins_differ_in_windows_and_graphs_alone() -> None:
     for name in PUBLISHED_DETECTORS + PUBLISHED_SEGMENTERS:
         published, fitted = load(name), load(f"{name}_fit")
         assert published.model.backbone.window_mode == "pad"
+        assert "graphs" not in published.model.backbone
         assert fitted.model.backbone.window_mode == "fit"
+        assert fitted.model.backbone.pop("graphs", 0) == (0 if "_l3" in name else 32)
         fitted.model.backbone.window_mode = "pad"
         assert published.to_dict() == fitted.to_dict()
 

@@ -365,5 +365,5 @@ def test_bad_arguments(tiny_arch: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="graphs must not be negative, got -1"):
         MambaVision(tiny_arch, graphs=-1)
     for other in ("compile", "with_cp"):
-        with pytest.raises(ValueError, match="together with compile or with_cp"):
+        with pytest.raises(ValueError, match="together with compile or with_cp: set graphs=0"):
             MambaVision(tiny_arch, graphs=1, **{other: True})
