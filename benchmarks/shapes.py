@@ -182,14 +182,14 @@ def recipe_shapes(count: int) -> list[tuple[int, int]]:
         return resize(width, height, draw.choice(SHORT_SIDES), LONG_SIDE)
 
     shapes: list[tuple[int, int]] = []
-    waiting: dict[bool, tuple[int, int]] = {}  # images on their side, or not, share a batch
+    waiting: dict[bool, tuple[int, int]] = {}  # upright images share a batch, others do
     while len(shapes) < count:
         size = draw.choice(SIZES)
-        wide, image = size[0] < size[1], augment(*size)
-        if wide not in waiting:
-            waiting[wide] = image
+        upright, image = size[0] < size[1], augment(*size)
+        if upright not in waiting:
+            waiting[upright] = image
             continue
-        sides = zip(waiting.pop(wide), image, strict=True)
+        sides = zip(waiting.pop(upright), image, strict=True)
         width, height = (math.ceil(max(pair) / 32) * 32 for pair in sides)
         shapes.append((height, width))
     return shapes
@@ -197,9 +197,12 @@ def recipe_shapes(count: int) -> list[tuple[int, int]]:
 
 def recipe(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Times and memory of training passes over the recipe's shapes; kept as ``growth`` keeps."""
-    rows: list[dict[str, Any]] = []
+    rows = list(facts.get("recipe", []))
+    measured = {(row["network"], row["limit"]) for row in rows}
     for name in VARYING:
         for limit in LIMITS if name.startswith("T ") else (0,):
+            if (name, limit) in measured:
+                continue
             passes = args.passes if limit else args.passes // 10
             shapes = recipe_shapes(passes)
             show(f"{name}, {limit} graphs, {passes} passes of the recipe")
@@ -308,6 +311,8 @@ def main() -> None:
     if args.draw:
         draw(json.loads(args.draw.read_text())["growth"])
         return
+    if args.passes < 100:
+        parser.error(f"--passes: at least 100, got {args.passes}")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device; benchmarks/backbone.py measures on a CPU")
     facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
@@ -325,7 +330,7 @@ def main() -> None:
                 flush=True,
             )
         keep(out, facts)
-    if "recipe" in args.parts and "recipe" not in facts:
+    if "recipe" in args.parts:
         facts["recipe"] = recipe(args, out, facts)
         for row in facts["recipe"]:
             tenths = " ".join(f"{1e3 * s:.1f}" for s in row["mean_s"])

@@ -65,6 +65,18 @@ def test_growth_measures_what_is_missing(
     assert json.loads((tmp_path / "out.json.part").read_text())["growth"] == rows
 
 
+def test_shapes_of_the_recipe(shapes: Any) -> None:
+    """Short sides of 480 to 800 and long ones up to 1333, padded to multiples of 32."""
+    drawn = shapes.recipe_shapes(3000)
+    assert len(drawn) == 3000
+    assert drawn == shapes.recipe_shapes(3000)
+    sides = {side for shape in drawn for side in shape}
+    assert all(side % 32 == 0 for side in sides)
+    assert max(sides) == 1344
+    assert min(sides) == 480
+    assert 200 < len(set(drawn)) < 600
+
+
 def test_a_stopped_run_is_gone_on_with(
     shapes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
