@@ -15,8 +15,10 @@ are compiled and algorithms chosen, in the second graphs are captured; memory is
 PyTorch allocates and what graphs keep for themselves.
 
 Recipe: training passes over the shapes that the recipes' multi-scale augmentation makes of batches
-of two images of COCO's commonest sizes, some six hundred; MambaVision by graphs of so many shapes.
-Memory is all that the process takes of the GPU, cuDNN and CUDA included.
+of two images of COCO's commonest sizes, some four hundred: MambaVision by graphs of all shapes that
+come twice, then all networks kernel by kernel, a tenth of the passes. The first row's passes
+compile kernels and have cuDNN prepare itself for every shape; the later rows find that done.
+Memory is what the GPU has less of behind a row than before it.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ COCO = [*LANDSCAPE, *((w, h) for h, w in LANDSCAPE if w > h), (640, 1344), (1344
 SIZES = [(640, 480)] * 8 + [(640, 427)] * 5 + [(640, 426), (640, 425), (500, 375), (500, 333)]
 SIZES += [(640, 360), (612, 612), *((h, w) for w, h in SIZES[6:14:2])]
 SHORT_SIDES, LONG_SIDE = range(480, 801, 32), 1333
-LIMITS = 0, 1024  # graphs
+LIMITS = 1024, 0  # graphs
 
 
 def build(name: str, pass_: str) -> nn.Module:
@@ -182,7 +184,7 @@ def recipe_shapes(count: int) -> list[tuple[int, int]]:
         return resize(width, height, draw.choice(SHORT_SIDES), LONG_SIDE)
 
     shapes: list[tuple[int, int]] = []
-    waiting: dict[bool, tuple[int, int]] = {}  # upright images share a batch, others do
+    waiting: dict[bool, tuple[int, int]] = {}  # an upright image, and one that is not
     while len(shapes) < count:
         size = draw.choice(SIZES)
         upright, image = size[0] < size[1], augment(*size)
@@ -198,14 +200,15 @@ def recipe_shapes(count: int) -> list[tuple[int, int]]:
 def recipe(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Times and memory of training passes over the recipe's shapes; kept as ``growth`` keeps."""
     rows = list(facts.get("recipe", []))
-    measured = {(row["network"], row["limit"]) for row in rows}
+    measured = {(row["network"], row["limit"], row["passes"]) for row in rows}
     for name in VARYING:
         for limit in LIMITS if name.startswith("T ") else (0,):
-            if (name, limit) in measured:
-                continue
             passes = args.passes if limit else args.passes // 10
+            if (name, limit, passes) in measured:
+                continue
             shapes = recipe_shapes(passes)
             show(f"{name}, {limit} graphs, {passes} passes of the recipe")
+            torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.mem_get_info()[0]
             model = build(name, "training")
             run = stepper(model, "training", limit, getattr(torch, args.dtype))
@@ -236,7 +239,6 @@ def recipe(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[d
             keep(out, {**facts, "recipe": rows})
             del model, run
             free()
-            torch.cuda.reset_peak_memory_stats()
     return rows
 
 
@@ -281,14 +283,14 @@ def stepper(model: nn.Module, pass_: str, graphs: int, dtype: torch.dtype) -> An
 
 def held(out: Path, facts: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
     """What a run, finished or stopped, has left; an error if it was another device's or dtype's."""
-    files = [file for file in (out.with_name(out.name + ".part"), out) if file.exists()]
-    if not files:
-        return {}
-    found = json.loads(files[0].read_text())
-    for key in ("device", "dtype", "torch", "timm"):
-        if found[key] != facts[key]:
-            parser.error(f"{files[0]} has {key} {found[key]}, this run {facts[key]}")
-    return {key: found[key] for key in PARTS if key in found}
+    parts: dict[str, Any] = {}
+    for file in (out, out.with_name(out.name + ".part")):
+        found = json.loads(file.read_text()) if file.exists() else facts
+        for key in ("device", "dtype", "torch", "timm"):
+            if found[key] != facts[key]:
+                parser.error(f"{file} has {key} {found[key]}, this run {facts[key]}")
+        parts |= {key: found[key] for key in PARTS if key in found}
+    return parts
 
 
 def main() -> None:
@@ -318,6 +320,8 @@ def main() -> None:
     facts = {"device": device_name("cuda"), "dtype": args.dtype, "torch": torch.__version__}
     facts |= {"timm": timm.__version__, "commit": commit()}
     out = args.out or RESULTS / f"shapes_{args.dtype}.json"
+    if out.exists() and set(args.parts) != set(PARTS) and not args.resume:
+        parser.error(f"not all parts: --resume keeps the others that {out} holds, or give --out")
     if args.resume:
         facts |= held(out, facts, parser)
     if "varying" in args.parts and "varying" not in facts:

@@ -129,7 +129,7 @@ class TrainingGraphs:
         """Capture no more; what was captured stays."""
         self._stopped = True
         if not self._passes:
-            self._memory = None
+            self._captured = self._memory = None
         logger.warning("no more CUDA graphs, going on without: %s", reason)
 
     def _forget(self) -> None:
@@ -206,7 +206,7 @@ class _Snapshot:
         facts: list[Any] = []
         for module in (network, *self._modules):
             own = module.__dict__
-            facts += own["training"], own.get("drop_path_rate"), own.get("momentum")
+            facts += module.training, own.get("drop_path_rate"), own.get("momentum")
             facts += map(id, own["_modules"].values())
             for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
                 if tensor is not None:

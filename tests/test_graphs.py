@@ -232,6 +232,43 @@ def test_changes_of_the_network_are_noticed(device: str, tiny_arch: dict[str, An
     assert len(models[0]._graphs._passes) == 1
 
 
+def test_a_change_makes_the_graphs_of_all_shapes_invalid(
+    device: str, tiny_arch: dict[str, Any]
+) -> None:
+    models = pair(tiny_arch, 2, device)
+    for change in range(2):
+        for step, hw in enumerate([A, B] * 3):
+            for model in models:
+                model.zero_grad()
+                loss_of(model, images(hw, step), torch.float16).backward()
+            assert same(*models), (change, step)
+        assert len(models[0]._graphs._passes) == 2
+        for model in models:
+            moved(model)
+            model.load_state_dict({k: 0.5 * v for k, v in model.state_dict().items()})
+    for hw in (B, A):
+        for model in models:
+            model.zero_grad()
+            loss_of(model, images(hw, 0), torch.float16).backward()
+        assert same(*models)
+    assert not models[0]._graphs._passes
+
+
+def test_layers_without_a_mode_of_their_own(device: str, tiny_arch: dict[str, Any]) -> None:
+    """As ``torch.compile`` makes them."""
+
+    class Passing(nn.Module):
+        training = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    models = pair(tiny_arch, 1, device)
+    for model in models:
+        model.levels[0].blocks.append(Passing())
+    check_steps(models)
+
+
 def test_replaced_tensors_and_modules_are_noticed(device: str, tiny_arch: dict[str, Any]) -> None:
     models = pair(tiny_arch, 2, device)
 

@@ -86,7 +86,7 @@ def test_a_stopped_run_is_gone_on_with(
     out.write_text(json.dumps(facts | {"commit": "old", "varying": [1], "growth": [2]}))
     assert shapes.held(out, facts, parser) == {"varying": [1], "growth": [2]}
     shapes.keep(out, facts | {"growth": [2, 3]})
-    assert shapes.held(out, facts, parser) == {"growth": [2, 3]}
+    assert shapes.held(out, facts, parser) == {"varying": [1], "growth": [2, 3]}
     with pytest.raises(SystemExit):
         shapes.held(out, facts | {"dtype": "bfloat16"}, parser)
     assert "has dtype float16, this run bfloat16" in capsys.readouterr().err

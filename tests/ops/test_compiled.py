@@ -45,7 +45,15 @@ def test_all_kernels_compile(capability: int) -> None:
 
 
 def test_images_of_other_shapes_compile_next_to_nothing() -> None:
-    """Or training on images of many sizes would stop for a second again and again."""
+    """Or training on images of many sizes would stop for a second again and again.
+
+    Maps lie in memory in two ways, in rows that are aligned or not; so are B and C in theirs.
+    """
+    limits = {
+        f"selective_scan.triton.kernels.{name}": 2 for name in KERNELS["selective_scan.triton"]
+    }
+    limits["selective_scan.triton.kernels.finish"] = 4
+    limits |= {f"layer_norm.kernels.map_{name}": 4 for name in ("forward", "backward")}
     counts = [line.split() for line in output("90", "--shapes").splitlines()]
-    assert len(counts) > 20
-    assert [name for name, count in counts if int(count) > 4] == []
+    assert {name for name, _ in counts} >= {*limits} - {"selective_scan.triton.kernels.carry"}
+    assert [name for name, count in counts if int(count) > limits.get(name, 1)] == []

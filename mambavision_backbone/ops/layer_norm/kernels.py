@@ -118,7 +118,7 @@ def map_offsets(i_p, i_c, W, s_h, s_w, s_c):
     return ((i_p // W) * s_h + (i_p % W) * s_w)[:, None] + i_c * s_c
 
 
-@triton.jit(do_not_specialize=["W"])
+@triton.jit
 def map_forward(
     p_x, p_w, p_b, p_y, p_mean, p_rstd,
     sb_x, s_h, s_w, s_c, P, W, C, eps,
@@ -140,7 +140,7 @@ def map_forward(
     tl.store(p_rstd + i_b * P + i_p, rstd, m_p)
 
 
-@triton.jit(do_not_specialize=["W", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def map_backward(
     p_dy, p_x, p_w, p_mean, p_rstd, p_dx, p_dparam,
     sb_dy, sc_dy, sp_dy, sb_x, s_h, s_w, s_c, P, W, C, tiles,

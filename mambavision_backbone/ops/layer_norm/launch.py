@@ -180,7 +180,7 @@ class MapNormFunction(torch.autograd.Function):
             (ceil_div(pixels, block_p), batch, 1),
             (
                 x, weight, bias, y, mean, rstd,
-                x.stride(0), x.stride(2), x.stride(3), x.stride(1), pixels, width, channels, eps,
+                *_map_strides(x), channels, eps,
             ),
             (block_p, block_c),
             warps,
@@ -205,14 +205,26 @@ class MapNormFunction(torch.autograd.Function):
             (programs, batch, 1),
             (
                 dy, x, weight, mean, rstd, dx, dparam,
-                *dy.stride(), x.stride(0), x.stride(2), x.stride(3), x.stride(1),
-                pixels, width, channels, tiles,
+                *dy.stride(), *_map_strides(x), channels, tiles,
             ),
             (block_p, block_c),
             warps,
         )  # fmt: skip
         dparam = dparam.sum(0).to(weight.dtype)
         return dx, dparam[0], dparam[1], None
+
+
+def _map_strides(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    """The kernels' sb_x, s_h, s_w, s_c, P, W: of one row, where rows follow each other evenly.
+
+    Then whether they are as long as a multiple of 16 makes no difference, and no other kernels.
+    """
+    s_batch, s_channel, s_row, s_pixel = x.stride()
+    width = x.shape[3]
+    pixels = x.shape[2] * width
+    if s_row == width * s_pixel:
+        s_row, width = 0, pixels
+    return s_batch, s_row, s_pixel, s_channel, pixels, width
 
 
 def _map_blocks(channels: int) -> tuple[int, int, int]:
