@@ -6,11 +6,13 @@ from .hooks import (
     FastInferenceHook,
     NameBadSampleHook,
 )
+from .log import forward_to_mmengine
 from .optim import LayerDecayOptimWrapperConstructor
 from .pickles import admit_history
 from .runner import SafeRunner
 
 admit_history()
+forward_to_mmengine()
 
 __all__ = [
     "BFloat16DetectionHook",

@@ -99,6 +99,8 @@ def _usable() -> bool:
     reason = unavailable()
     if reason:
         logger.warning("fused kernels are off: %s", reason)
+    else:
+        logger.info("Triton kernels are compiled in the first passes, up to a minute, and kept")
     return reason is None
 
 

@@ -329,6 +329,7 @@ def test_auto_takes_the_first_that_works(
     u = SimpleNamespace(shape=(batch, 1, 1), is_cuda=True, dtype=torch.float16)
     A = torch.zeros(1, dstate)
     api._cuda_choice.cache_clear()
+    api._say.cache_clear()
     with caplog.at_level("INFO", "mambavision_backbone"):
         assert api.choose_backend("auto", u, A) == api.choose_backend("auto", u, A) == choice
     api._cuda_choice.cache_clear()

@@ -97,6 +97,8 @@ def test_train_test_and_resume(scope: str, shapes: Path, tmp_path: Path) -> None
     trained = tool("train.py", CONFIGS[scope], *common, "--amp", *options(scope))
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "no GPU: SyncBN replaced by BN" in trained.stdout + trained.stderr
+    (log,) = work_dir.glob("*/*.log")
+    assert log.read_text().count("selective scan: using the backend chunked") == 1
     scalars = next(work_dir.glob("*/vis_data/scalars.json")).read_text().splitlines()
     rows = [json.loads(row) for row in scalars]
     assert all(row["loss"] > 0 for row in rows if "loss" in row)

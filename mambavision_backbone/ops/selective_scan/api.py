@@ -80,7 +80,7 @@ def choose_backend(backend: str, u: Tensor, A: Tensor) -> str:
     batch, dstate = u.shape[0], A.shape[1]
     if backend == "auto":
         if not u.is_cuda or u.dtype == torch.float64:
-            return "chunked"
+            return _choose_chunked()
         return _choose_for_cuda(
             *(module.refusal(batch, dstate) for module in _GPU_BACKENDS.values())
         )
@@ -104,6 +104,18 @@ def _unavailable(backend: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def _choose_chunked() -> str:
+    return _say("chunked")
+
+
+@functools.cache
+def _say(backend: str) -> str:
+    """Return the backend, and log it the first time."""
+    logger.info("selective scan: using the backend %s", backend)
+    return backend
+
+
+@torch.compiler.assume_constant_result
 def _choose_for_cuda(*refusals: str | None) -> str:
     return _cuda_choice(*refusals)
 
@@ -119,8 +131,7 @@ def _cuda_choice(*refusals: str | None) -> str:
     for (name, module), refusal in zip(_GPU_BACKENDS.items(), refusals, strict=True):
         reason = refusal or module.unavailable()
         if reason is None:
-            logger.info("selective scan: using the backend %s", name)
-            return name
+            return _say(name)
         reasons.append(f"{name}: {reason}")
     listed = "; ".join(reasons)
     logger.warning("selective scan: using plain PyTorch operators on the GPU (%s)", listed)
