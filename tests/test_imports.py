@@ -41,7 +41,7 @@ def test_mm_libraries_stay_at_the_edge() -> None:
     assert users_of("mmdet") == users_of("mmseg") == users_of("mmcv") == set()
     assert users_of("mmengine") == {
         "registry.py",
-        *(f"engine/{name}.py" for name in ("hooks", "optim", "pickles", "runner")),
+        *(f"engine/{name}.py" for name in ("hooks", "log", "optim", "pickles", "runner")),
     }
     assert users_of("mamba_ssm") == {"ops/selective_scan/mamba_ssm.py"}
 
