@@ -121,9 +121,18 @@ class TrainingGraphs:
                 f"a training pass cannot be captured as a CUDA graph, set graphs=0: {error}"
             ) from error
         else:
+            self._report()
             return self._passes[key]
         self._stop(reason)
         return None
+
+    def _report(self) -> None:
+        """Log the first graph, and the last."""
+        count = len(self._passes)
+        if count == 1:
+            logger.info("training by CUDA graphs, of up to %d input shapes", self.limit)
+        if count == self.limit:
+            logger.info("no more CUDA graphs than graphs=%d: other shapes run without", count)
 
     def _stop(self, reason: str) -> None:
         """Capture no more; what was captured stays."""

@@ -142,6 +142,19 @@ def test_training_is_the_same(
     assert {key[0][2:] for key in models[0]._graphs._passes} == {A, B}
 
 
+def test_the_first_and_the_last_graph_are_logged(
+    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    graphed, _ = pair(tiny_arch, 2, device)
+    with caplog.at_level("INFO", "mambavision_backbone"):
+        for step, hw in enumerate([A, B, C] * 3):
+            loss_of(graphed, images(hw, step), torch.float16).backward()
+    assert [record.message for record in caplog.records if "graphs" in record.message] == [
+        "training by CUDA graphs, of up to 2 input shapes",
+        "no more CUDA graphs than graphs=2: other shapes run without",
+    ]
+
+
 def test_a_hundred_steps_with_evaluation_in_between(device: str, tiny_arch: dict[str, Any]) -> None:
     """As recipes train: losses scaled, gradients clipped, and statistics used now and then."""
     models = pair(tiny_arch, 2, device)
