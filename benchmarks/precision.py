@@ -97,35 +97,46 @@ def curve(losses: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     return steps[WINDOW - 1 :], np.convolve(values, kernel, "valid")
 
 
+def finite(run: dict[str, Any]) -> bool:
+    """Whether all its losses are."""
+    return all(math.isfinite(loss) for _, loss in run["losses"])
+
+
 def compare(runs: dict[str, dict[str, Any]]) -> None:
     """Put each run's distance to float32 and whether all its losses are finite into it."""
     _, wanted = curve(runs["float32"]["losses"])
     for run in runs.values():
         _, values = curve(run["losses"])
         run["distance"] = float(np.mean(np.abs(values - wanted) / wanted))
-        run["finite"] = all(math.isfinite(loss) for _, loss in run["losses"])
+        run["finite"] = finite(run)
 
 
 def pairs(seeds: int) -> dict[str, Any]:
     """Runs of float16 by graphs and without, from seeds 0 on."""
-    seeded = {f"seed {n}": [f"randomness.seed={n}"] for n in range(seeds)}
     return {
-        f"{name}, {seed}": (FLOAT16, [*option, *graphs])
-        for seed, option in seeded.items()
+        f"{name}, seed {seed}": (FLOAT16, [f"randomness.seed={seed}", *graphs])
+        for seed in range(seeds)
         for name, graphs in (("float16", []), ("float16, graphs", GRAPHS))
     }
 
 
+def unpaired(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The runs but those of ``pairs``."""
+    return {name: run for name, run in runs.items() if ", seed " not in name}
+
+
 def show_pairs(runs: dict[str, dict[str, Any]]) -> None:
     """Print what graphs change: losses at the end and metrics, over all seeds."""
-    graphed = [name for name in runs if name.startswith("float16, graphs, seed ")]
-    plain = [name.replace(", graphs", "") for name in graphed]
-    ends = {name: np.mean([loss for _, loss in run["losses"][-10:]]) for name, run in runs.items()}
-    rows = {name: {"last 10 losses": ends[name], **run["metrics"]} for name, run in runs.items()}
-    losses = [loss for name in (*graphed, *plain) for _, loss in runs[name]["losses"]]
-    print(f"{len(graphed)} seeds: {'' if all(map(math.isfinite, losses)) else 'NOT '}all finite")
-    for key in rows[graphed[0]]:
-        a, b = (np.array([rows[name][key] for name in names]) for names in (graphed, plain))
+    graphed = [run for name, run in runs.items() if name.startswith("float16, graphs, seed ")]
+    plain = [run for name, run in runs.items() if name.startswith("float16, seed ")]
+    print(f"{len(graphed)} seeds: {'' if all(map(finite, graphed + plain)) else 'NOT '}all finite")
+
+    def figures(run: dict[str, Any]) -> dict[str, float]:
+        last = np.mean([loss for _, loss in run["losses"][-10:]])
+        return {"last 10 losses": float(last), **run["metrics"]}
+
+    for key in figures(graphed[0]):
+        a, b = (np.array([figures(run)[key] for run in part]) for part in (graphed, plain))
         error = (a - b).std(ddof=1) / math.sqrt(len(a))
         print(
             f"{len(a)} seeds, {key}: {a.mean():.4g} by graphs, {b.mean():.4g} without, "
@@ -137,9 +148,8 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
     """One picture with the curves of each task."""
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
     for axis, (task, runs) in zip(axes[0], results.items(), strict=True):
-        for name, run in runs.items():
-            if ", seed " not in name:  # those are many
-                axis.plot(*curve(run["losses"]), label=name, linewidth=1.2)
+        for name, run in unpaired(runs).items():
+            axis.plot(*curve(run["losses"]), label=name, linewidth=1.2)
         axis.set(title=task, xlabel="iteration", ylabel="loss", yscale="log")
         axis.legend()
     figure.tight_layout()
@@ -179,9 +189,8 @@ def main() -> None:
         parser.error("not all runs: give --out and --picture, or those of all would be lost")
     if args.seeds < 0 or args.seeds == 1:
         parser.error(f"--seeds must be 0, 2 or more, got {args.seeds}")
-    if args.seeds:
-        RUNS.update(pairs(args.seeds))
-        args.runs += pairs(args.seeds)
+    RUNS.update(pairs(args.seeds))
+    args.runs += pairs(args.seeds)
     work = args.work_dir.resolve()
     sizes = ["--train", str(ITERATIONS * BATCH // EPOCHS), "--val", "100", "--size", "128"]
     draw_shapes = [sys.executable, ROOT / "tools/make_shapes.py", work / "data", *sizes]
@@ -205,7 +214,7 @@ def main() -> None:
     for (task, name), folder in started.items():
         results[task][name] = read(folder)
     for task, runs in results.items():
-        named = {name: run for name, run in runs.items() if ", seed " not in name}
+        named = unpaired(runs)
         compare(named)
         for name, run in named.items():
             metrics = ", ".join(f"{k} {v:.3f}" for k, v in run["metrics"].items())

@@ -285,7 +285,9 @@ def held(out: Path, facts: dict[str, Any], parser: argparse.ArgumentParser) -> d
     """What a run, finished or stopped, has left; an error if it was another device's or dtype's."""
     parts: dict[str, Any] = {}
     for file in (out, out.with_name(out.name + ".part")):
-        found = json.loads(file.read_text()) if file.exists() else facts
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())
         for key in ("device", "dtype", "torch", "timm"):
             if found[key] != facts[key]:
                 parser.error(f"{file} has {key} {found[key]}, this run {facts[key]}")
@@ -343,7 +345,6 @@ def main() -> None:
                 f"{row['graphs']:4} graphs, ms of each tenth {tenths}, {row['memory_mib']:.0f} MiB",
                 flush=True,
             )
-        keep(out, facts)
     if "growth" in args.parts:
         facts["growth"] = growth(args, out, facts)
         for row in facts["growth"]:

@@ -47,7 +47,7 @@ class TrainingGraphs:
         self._replays = 0  # since the network changed
         self._short_lives = 0
         self._seen: set[Any] = set()
-        self._captured: _Snapshot | None = None  # the network of all passes
+        self._snapshot: _Snapshot | None = None  # of the network that was captured
         self._passes: dict[Any, _Pass] = {}
         self._memory: GraphMemory | None = None
         self._under_way: Callable[[], _Ticket | None] = lambda: None
@@ -67,7 +67,7 @@ class TrainingGraphs:
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = (x.shape, x.dtype, autocast)
         moved = self._memory is not None and self._memory.device != x.device
-        if moved or (self._captured is not None and not self._captured.holds(network)):
+        if moved or (self._snapshot is not None and not self._snapshot.holds(network)):
             self._forget()
         captured = self._passes.get(key)
         room = len(self._passes) < self.limit and not self._stopped
@@ -111,7 +111,7 @@ class TrainingGraphs:
             self._stop("SyncBatchNorm talks to other processes")
             return None
         self._memory = self._memory or GraphMemory(x.device)
-        self._captured = self._captured or _Snapshot(network)
+        self._snapshot = self._snapshot or _Snapshot(network)
         try:
             self._passes[key] = _Pass(forward, network, x, self._memory)
         except torch.cuda.OutOfMemoryError as error:
@@ -138,12 +138,12 @@ class TrainingGraphs:
         """Capture no more; what was captured stays."""
         self._stopped = True
         if not self._passes:
-            self._captured = self._memory = None
+            self._snapshot = self._memory = None
         logger.warning("no more CUDA graphs, going on without: %s", reason)
 
     def _forget(self) -> None:
         """Weights were moved, frozen or replaced: all graphs are of the past."""
-        self._captured = None
+        self._snapshot = None
         self._passes.clear()
         self._seen.clear()
         self._memory = None

@@ -21,10 +21,12 @@ class ForwardingHandler(logging.Handler):
             logging.lastResort.handle(record)
 
 
+_HANDLER = ForwardingHandler()
+
+
 def forward_to_mmengine() -> None:
     """Have the package's records, from INFO on, in mmengine's log too."""
     logger = logging.getLogger("mambavision_backbone")
-    if not any(isinstance(handler, ForwardingHandler) for handler in logger.handlers):
-        logger.addHandler(ForwardingHandler())
+    logger.addHandler(_HANDLER)  # which does nothing the second time
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)

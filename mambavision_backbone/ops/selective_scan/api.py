@@ -122,7 +122,7 @@ def _choose_for_cuda(*refusals: str | None) -> str:
 
 @functools.cache
 def _cuda_choice(*refusals: str | None) -> str:
-    """What ``auto`` means on CUDA, decided and logged once for each way to be refused.
+    """What ``auto`` means on CUDA, decided once for each way to be refused, and logged.
 
     Args:
         refusals: of each GPU backend, why it cannot take the sizes at hand, or None.
