@@ -15,9 +15,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .backbone import MambaVision
 from .capture import GraphMemory, unowned
 from .layers.blocks import ConvBlock
+from .layers.stage import TokenStage
 from .layers.stem import PatchEmbed
 from .ops.bias_act import bias_act
 from .ops.triton_support import traced
+from .straight import StraightStage
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -91,6 +93,9 @@ class FastBackbone(nn.Module):
         net.patch_embed = _folded_stem(net.patch_embed)  # type: ignore[assignment]
         for level in net.levels[:2]:
             level.blocks = nn.ModuleList(map(_FoldedConvBlock, level.blocks))  # type: ignore
+        for i, level in enumerate(net.levels):
+            if isinstance(level, TokenStage):
+                net.levels[i] = StraightStage(level).eval()
         net._caster.slots.clear()  # they hold the layers that were replaced
         self.net = net.to(dtype)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

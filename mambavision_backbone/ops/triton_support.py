@@ -18,7 +18,7 @@ MIN_CAPABILITY = (7, 0)
 
 _WIDE = 2**31  # the first integer that takes 64 bits
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}  # what starts each kernel, by what it is compiled for
 _starts_compiled = [True]  # whether compiled kernels are started without Triton: see _probe
 
 
@@ -64,6 +64,7 @@ def _probe() -> None:
             raise
         except Exception:  # a Triton that wants other arguments there
             _starts_compiled[:] = [False]
+            _compiled.clear()
             probe()
         if not torch.equal(x, torch.full_like(x, 4)):
             raise RuntimeError("it gave a wrong result")
@@ -130,30 +131,31 @@ def launch(
     facts: list[Any] = [id(kernel), constants, warps, device]
     values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
     for arg in args:
-        if isinstance(arg, Tensor):
+        kind = type(arg)
+        if kind is int:
+            values.append(arg)
+            # Triton compiles for 0 and 1, then whether it is a multiple of 16 and has 32 bits.
+            facts.append(arg if arg < 2 else (2 if arg < _WIDE else 4) + (not arg & 15))  # type: ignore
+        elif isinstance(arg, Tensor):
             address = arg.data_ptr()
             values.append(address)
             # Triton refuses other dtypes and a CPU's tensors, compiled kernels do not.
             facts += (arg.dtype, arg.is_cuda, not address & 15)
         else:
             values.append(arg)
-            facts.append(_specialisation(arg))
+            facts.append(kind)
     key = tuple(facts)
-    compiled = _compiled.get(key)
-    if compiled is None or not _starts_compiled[0]:
-        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps)  # None if interpreted
-    else:
-        compiled[grid](*values, *constants)
+    start = _compiled.get(key)
+    if start is None:
+        compiled = kernel[grid](*args, *constants, num_warps=warps)
+        if compiled is not None and _starts_compiled[0]:  # None if interpreted
+            _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+        return None
+    run, function, metadata = start
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    # As compiled[grid](...), which asks for the device and the stream by way of Python; no hooks.
+    run(*grid, stream, function, metadata, None, None, None, *values, *constants)
     return None
-
-
-def _specialisation(value: float | None) -> Any:
-    """What Triton compiles for: 0 and 1, then whether it is a multiple of 16 and has 32 bits."""
-    if not isinstance(value, int):
-        return type(value)
-    if value < 2:
-        return value
-    return (2 if value < _WIDE else 4) + (not value & 15)
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:

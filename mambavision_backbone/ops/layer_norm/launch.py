@@ -23,7 +23,7 @@ _NOTHING = (None, None, None, None)  # to be added
 PROGRAMS = 1056  # of a backward kernel at most: eight on each multiprocessor of a large GPU
 
 
-def _forward(
+def forward(
     x: Tensor,
     branch: tuple[Tensor | None, ...],
     weight: Tensor,
@@ -75,7 +75,7 @@ def _backward(
 ) -> Tensor:
     """Write the gradients of x and, unless None, of y; return those of weight, bias, gamma, y_bias.
 
-    The latter are (4, C) in float32. ``branch`` as for ``_forward``, y itself only with gamma.
+    The latter are (4, C) in float32. ``branch`` as for ``forward``, y itself only with gamma.
     """
     y, y_bias, gamma, factor = branch
     channels = total.shape[-1]
@@ -104,7 +104,7 @@ class NormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Normalise."""
         x = x.contiguous()
-        _, normed, mean, rstd = _forward(x, _NOTHING, weight, bias, eps, recorded(ctx))
+        _, normed, mean, rstd = forward(x, _NOTHING, weight, bias, eps, recorded(ctx))
         ctx.save_for_backward(x, weight, mean, rstd)
         return normed
 
@@ -138,7 +138,7 @@ class AddNormFunction(torch.autograd.Function):
         """Add and normalise."""
         x, y = x.contiguous(), y.contiguous()
         branch = (y, y_bias, gamma, factor)
-        total, normed, mean, rstd = _forward(x, branch, weight, bias, eps, recorded(ctx))
+        total, normed, mean, rstd = forward(x, branch, weight, bias, eps, recorded(ctx))
         kept_y = None if gamma is None else y
         ctx.save_for_backward(total, kept_y, y_bias, gamma, factor, weight, mean, rstd)
         ctx.dtypes = x.dtype, y.dtype

@@ -1,0 +1,159 @@
+"""Stages of tokens for inference on a GPU, as straight-line code.
+
+Kernel by kernel, the way from module to module takes Python longer than what it comes to takes the
+host to start and the GPU to run. Here that way has been gone once, and what is left of it is a
+chain of calls on rows of tokens: by the same kernels, hence to the same maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .layers.attention import Attention
+from .layers.blocks import Branch
+from .layers.mixer import MambaVisionMixer
+from .layers.stage import TokenStage
+from .layers.windows import merge, partition
+from .ops.linear import plain
+from .ops.mix import mix
+from .ops.triton_support import fusible
+
+_NOTHING = (None, None, None, None)  # to be added
+
+
+class StraightStage(TokenStage):
+    """The blocks of another stage for inference, (B, C, H, W) → same.
+
+    Through the modules, as there, where kernels of ours cannot be used, in float32, for compilers
+    and exporters, and where modules have hooks or are not the usual ones, as adapters' are not.
+    Their parameters may change and move, but not be replaced.
+    """
+
+    def __init__(self, stage: TokenStage) -> None:
+        nn.Module.__init__(self)
+        self.blocks, self.downsample, self.with_cp = stage.blocks, stage.downsample, False
+        self.window_size, self.window_mode = stage.window_size, stage.window_mode
+        modules = list(self.blocks.modules())
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        linears = [m for m in modules if isinstance(m, nn.Linear)]
+        usual = all(map(plain, linears)) and not any(map(is_parametrized, modules))
+        self._chain = [_Block.of(block) for block in self.blocks] if usual else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut into windows, run the blocks, put back."""
+        if not self._straight(x):
+            return super().forward(x)
+        from .ops.layer_norm.launch import forward as add_norm
+
+        tokens, grid = partition(x, self.window_size, self.window_mode)
+        keep, grid = grid.crop()
+        shape = tokens.shape
+        rows, branch = tokens.contiguous().flatten(0, 1), None
+        for block in self._chain if keep is None else self._chain[:-1]:
+            rows, branch = block(rows, branch, shape, add_norm)
+        tokens = rows.view(shape)
+        branch = branch and branch._replace(y=branch.y.view(shape))
+        if keep is not None:
+            tokens, branch = self.blocks[-1](tokens, branch, keep)
+        return merge(branch.add_to(tokens), grid)
+
+    def _straight(self, x: Tensor) -> bool:
+        return (
+            len(self._chain) > 0
+            and fusible(x)
+            and x.dtype != torch.float32
+            and not torch.is_grad_enabled()
+            and not any(self._hooks)
+        )
+
+
+class _Block(NamedTuple):
+    """What ``TokenBlock`` does to rows (tokens of all windows, C)."""
+
+    norm1: tuple[Tensor, Tensor, float]
+    mixer: Callable[[Tensor, torch.Size], tuple[Tensor, Tensor | None]]
+    gamma_1: Tensor | None
+    norm2: tuple[Tensor, Tensor, float]
+    mlp: _Mlp
+    gamma_2: Tensor | None
+
+    @classmethod
+    def of(cls, block: Any) -> _Block:
+        """Pick what is needed."""
+        mixer = block.mixer
+        return cls(
+            (block.norm1.weight, block.norm1.bias, block.norm1.eps),
+            _Attention.of(mixer) if isinstance(mixer, Attention) else _Mixer.of(mixer),
+            block.gamma_1,
+            (block.norm2.weight, block.norm2.bias, block.norm2.eps),
+            _Mlp.of(block.mlp),
+            block.gamma_2,
+        )
+
+    def __call__(
+        self, x: Tensor, branch: Branch | None, shape: torch.Size, add_norm: Any
+    ) -> tuple[Tensor, Branch]:
+        """As ``TokenBlock.forward``; ``shape`` is that of tokens in windows."""
+        x, y, *_ = add_norm(x, branch or _NOTHING, *self.norm1, False)
+        y, bias = self.mixer(y, shape)
+        x, y, *_ = add_norm(x, (y, bias, self.gamma_1, None), *self.norm2, False)
+        y, bias = self.mlp(y)
+        return x, Branch(y, bias, self.gamma_2, None)
+
+
+class _Mixer(NamedTuple):
+    in_proj: Tensor
+    core: tuple[Any, ...]
+    out_proj: Tensor
+
+    @classmethod
+    def of(cls, layer: MambaVisionMixer) -> _Mixer:
+        core = (
+            layer.conv1d_x.weight, layer.conv1d_z.weight, layer.x_proj, layer.dt_proj,
+            layer.A_log, layer.D, layer.scan_backend,
+        )  # fmt: skip
+        return cls(layer.in_proj.weight, core, layer.out_proj.weight)
+
+    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, None]:
+        y = mix(F.linear(x, self.in_proj).view(shape), *self.core)
+        return F.linear(y.view(x.shape), self.out_proj), None
+
+
+class _Attention(NamedTuple):
+    qkv: tuple[Tensor, Tensor]
+    proj: tuple[Tensor, Tensor]
+    heads: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: Attention) -> _Attention:
+        qkv, proj = layer.qkv, layer.proj
+        heads = layer.num_heads, layer.head_dim
+        return cls((qkv.weight, qkv.bias), (proj.weight, proj.bias), heads)
+
+    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        qkv = F.linear(x, *self.qkv).view(shape[0], shape[1], 3, *self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return F.linear(y, self.proj[0]), self.proj[1]
+
+
+class _Mlp(NamedTuple):
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, layer: Mlp) -> _Mlp:
+        return cls((layer.fc1.weight, layer.fc1.bias), (layer.fc2.weight, layer.fc2.bias))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = self.fc1
+        # GELU by tanh: see ops.mlp
+        hidden = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return F.linear(hidden, self.fc2[0]), self.fc2[1]
