@@ -7,12 +7,10 @@ chain of calls on rows of tokens: by the same kernels, hence to the same maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -22,7 +20,7 @@ from .layers.mixer import MambaVisionMixer
 from .layers.stage import TokenStage
 from .layers.windows import merge, partition
 from .ops.linear import plain
-from .ops.mix import mix
+from .ops.selective_scan import choose_backend
 from .ops.triton_support import fusible
 
 _NOTHING = (None, None, None, None)  # to be added
@@ -33,7 +31,7 @@ class StraightStage(TokenStage):
 
     Through the modules, as there, where kernels of ours cannot be used, in float32, for compilers
     and exporters, and where modules have hooks or are not the usual ones, as adapters' are not.
-    Their parameters may change and move, but not be replaced.
+    Weights may be changed in place, but not be replaced.
     """
 
     def __init__(self, stage: TokenStage) -> None:
@@ -43,21 +41,23 @@ class StraightStage(TokenStage):
         modules = list(self.blocks.modules())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         linears = [m for m in modules if isinstance(m, nn.Linear)]
-        usual = all(map(plain, linears)) and not any(map(is_parametrized, modules))
-        self._chain = [_Block.of(block) for block in self.blocks] if usual else []
+        self._usual = all(map(plain, linears)) and not any(map(is_parametrized, modules))
+        self._chain = self._chained()
 
     def forward(self, x: Tensor) -> Tensor:
         """Cut into windows, run the blocks, put back."""
         if not self._straight(x):
             return super().forward(x)
         from .ops.layer_norm.launch import forward as add_norm
+        from .ops.mix.launch import forward as mix
 
         tokens, grid = partition(x, self.window_size, self.window_mode)
         keep, grid = grid.crop()
         shape = tokens.shape
-        rows, branch = tokens.contiguous().flatten(0, 1), None
+        rows = tokens.contiguous().flatten(0, 1)
+        branch: Any = None
         for block in self._chain if keep is None else self._chain[:-1]:
-            rows, branch = block(rows, branch, shape, add_norm)
+            rows, branch = block(rows, branch, shape, add_norm, mix)
         tokens = rows.view(shape)
         branch = branch and branch._replace(y=branch.y.view(shape))
         if keep is not None:
@@ -65,20 +65,27 @@ class StraightStage(TokenStage):
         return merge(branch.add_to(tokens), grid)
 
     def _straight(self, x: Tensor) -> bool:
-        return (
-            len(self._chain) > 0
-            and fusible(x)
-            and x.dtype != torch.float32
-            and not torch.is_grad_enabled()
-            and not any(self._hooks)
-        )
+        if not (self._usual and fusible(x)) or x.dtype == torch.float32 or any(self._hooks):
+            return False
+        mixer = self.blocks[0].mixer
+        scan = choose_backend(mixer.scan_backend, x, mixer.A_log)  # type: ignore
+        return scan == "triton" and not torch.is_grad_enabled()
+
+    def _chained(self) -> list[_Block]:
+        return [_Block.of(block) for block in self.blocks] if self._usual else []
+
+    def _apply(self, *args: Any, **kwargs: Any) -> StraightStage:
+        """Move or cast; the chain holds views of the old weights."""
+        super()._apply(*args, **kwargs)
+        self._chain = self._chained()
+        return self
 
 
 class _Block(NamedTuple):
     """What ``TokenBlock`` does to rows (tokens of all windows, C)."""
 
     norm1: tuple[Tensor, Tensor, float]
-    mixer: Callable[[Tensor, torch.Size], tuple[Tensor, Tensor | None]]
+    mixer: _Mixer | _Attention
     gamma_1: Tensor | None
     norm2: tuple[Tensor, Tensor, float]
     mlp: _Mlp
@@ -98,11 +105,11 @@ class _Block(NamedTuple):
         )
 
     def __call__(
-        self, x: Tensor, branch: Branch | None, shape: torch.Size, add_norm: Any
+        self, x: Tensor, branch: Branch | None, shape: torch.Size, add_norm: Any, mix: Any
     ) -> tuple[Tensor, Branch]:
         """As ``TokenBlock.forward``; ``shape`` is that of tokens in windows."""
         x, y, *_ = add_norm(x, branch or _NOTHING, *self.norm1, False)
-        y, bias = self.mixer(y, shape)
+        y, bias = self.mixer(y, shape, mix)
         x, y, *_ = add_norm(x, (y, bias, self.gamma_1, None), *self.norm2, False)
         y, bias = self.mlp(y)
         return x, Branch(y, bias, self.gamma_2, None)
@@ -110,20 +117,20 @@ class _Block(NamedTuple):
 
 class _Mixer(NamedTuple):
     in_proj: Tensor
-    core: tuple[Any, ...]
+    core: tuple[Tensor, ...]
     out_proj: Tensor
 
     @classmethod
     def of(cls, layer: MambaVisionMixer) -> _Mixer:
         core = (
-            layer.conv1d_x.weight, layer.conv1d_z.weight, layer.x_proj, layer.dt_proj,
-            layer.A_log, layer.D, layer.scan_backend,
+            layer.conv1d_x.weight, layer.conv1d_z.weight, layer.x_proj.weight.t(),
+            layer.dt_proj.weight.t(), layer.dt_proj.bias, layer.A_log, layer.D,
         )  # fmt: skip
-        return cls(layer.in_proj.weight, core, layer.out_proj.weight)
+        return cls(layer.in_proj.weight.t(), core, layer.out_proj.weight.t())
 
-    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, None]:
-        y = mix(F.linear(x, self.in_proj).view(shape), *self.core)
-        return F.linear(y.view(x.shape), self.out_proj), None
+    def __call__(self, x: Tensor, shape: torch.Size, mix: Any) -> tuple[Tensor, None]:
+        y, *_ = mix(torch.mm(x, self.in_proj).view(shape), *self.core)
+        return torch.mm(y.view(x.shape), self.out_proj), None
 
 
 class _Attention(NamedTuple):
@@ -133,15 +140,15 @@ class _Attention(NamedTuple):
 
     @classmethod
     def of(cls, layer: Attention) -> _Attention:
-        qkv, proj = layer.qkv, layer.proj
-        heads = layer.num_heads, layer.head_dim
-        return cls((qkv.weight, qkv.bias), (proj.weight, proj.bias), heads)
+        return cls(_linear(layer.qkv), _linear(layer.proj), (layer.num_heads, layer.head_dim))
 
-    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        qkv = F.linear(x, *self.qkv).view(shape[0], shape[1], 3, *self.heads)
+    def __call__(self, x: Tensor, shape: torch.Size, _mix: Any) -> tuple[Tensor, Tensor]:
+        weight, bias = self.qkv
+        qkv = torch.addmm(bias, x, weight).view(shape[0], shape[1], 3, *self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        return F.linear(y, self.proj[0]), self.proj[1]
+        weight, bias = self.proj
+        return torch.mm(y, weight), bias
 
 
 class _Mlp(NamedTuple):
@@ -149,11 +156,16 @@ class _Mlp(NamedTuple):
     fc2: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, layer: Mlp) -> _Mlp:
-        return cls((layer.fc1.weight, layer.fc1.bias), (layer.fc2.weight, layer.fc2.bias))
+    def of(cls, layer: Any) -> _Mlp:
+        return cls(_linear(layer.fc1), _linear(layer.fc2))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = self.fc1
-        # GELU by tanh: see ops.mlp
-        hidden = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return F.linear(hidden, self.fc2[0]), self.fc2[1]
+        x = torch._addmm_activation(bias, x, weight, use_gelu=True)  # as ops.mlp
+        weight, bias = self.fc2
+        return torch.mm(x, weight), bias
+
+
+def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight, transposed, and bias."""
+    return layer.weight.t(), layer.bias

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16  # which CPUs have, too
+CASES = [("pad", None), ("fit", None), ("pad", 0.5)]  # window mode, layer scale
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def fast(
     request: pytest.FixtureRequest, tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> FastBackbone:
     """A fast network with random biases, whose operators are kernels."""
-    mode, scale = getattr(request, "param", ("pad", None))
+    mode, scale = getattr(request, "param", CASES[0])
     arch = {**tiny_arch, "layer_scale": scale, "layer_scale_conv": scale}
     model = MambaVision(arch, window_mode=mode).to(DEVICE)
     for name, parameter in model.named_parameters():
@@ -62,7 +63,7 @@ def modules_called(monkeypatch: pytest.MonkeyPatch) -> list[TokenStage]:
 
 
 @pytest.mark.parametrize("hw", [(96, 128), (70, 161)], ids=str)
-@pytest.mark.parametrize("fast", [("pad", None), ("fit", None), ("pad", 0.5)], ids=str, indirect=True)
+@pytest.mark.parametrize("fast", CASES, ids=str, indirect=True)
 def test_same_maps(fast: FastBackbone, hw: tuple[int, int], modules_called: list[Any]) -> None:
     x = torch.randn(2, 3, *hw, device=DEVICE)
     maps = fast(x)

@@ -40,8 +40,10 @@ def forward(
     rows = x.numel() // channels
     total = x
     if y is not None:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+        dtype = x.dtype
+        for other in (y, gamma):
+            if other is not None and other.dtype != dtype:
+                dtype = torch.promote_types(dtype, other.dtype)
         total = torch.empty_like(x, dtype=dtype)
     normed = torch.empty_like(x, dtype=compute_dtype(total))
     mean = rstd = None
@@ -56,7 +58,10 @@ def forward(
             x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd,
             rows, x.shape[1], channels, eps,
         ),
-        (*(t is not None for t in branch), stats, ROWS, block),
+        (
+            y is not None, y_bias is not None, gamma is not None, factor is not None,
+            stats, ROWS, block,
+        ),
         warps=max(1, block // 512),
     )  # fmt: skip
     return total, normed, mean, rstd

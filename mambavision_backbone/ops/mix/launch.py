@@ -13,6 +13,35 @@ from ..selective_scan.triton.launch import Parameters, scan, scan_backward
 from ..triton_support import compute_dtype
 
 
+def forward(
+    xz: Tensor,
+    conv_x: Tensor,
+    conv_z: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Arguments as in ``mix``, the projections by their weights transposed, in xz's dtype.
+
+    Returns yz, and for the backward pass step sizes of rank R with B and C (B·L, R + 2N), and the
+    states between chunks.
+    """
+    yz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    y, z = yz.chunk(2, 2)
+    x = torch.empty_like(y, memory_format=torch.contiguous_format)
+    conv_silu.forward(xz, conv_x, conv_z, x, z)
+    rank, outputs = len(dt_proj), x_proj.shape[1]
+    odd = rank % 2  # then B and C follow at even addresses, as the scan wants them
+    dt_BC = x.new_empty(x.shape[0] * x.shape[1], odd + outputs)
+    dt_BC = dt_BC[:, odd:] if odd else dt_BC
+    torch.mm(x.flatten(0, 1), x_proj, out=dt_BC)
+    tokens = _tokens(x, dt_BC, dt_proj, A_log.shape[1])
+    _, ends = scan(*tokens, _parameters(A_log, D, dt_bias), y)
+    return yz, dt_BC, ends
+
+
 class MixFunction(torch.autograd.Function):
     """``mix`` with gradients; keeps xz, dt, B, C at low rank and a few states, not the rest."""
 
@@ -32,15 +61,7 @@ class MixFunction(torch.autograd.Function):
         dtype = compute_dtype(xz)
         ctx.dtypes = [t.dtype for t in (xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D)]
         xz, x_proj, dt_proj = xz.to(dtype), x_proj.to(dtype), dt_proj.to(dtype)
-        yz = torch.empty_like(xz, memory_format=torch.contiguous_format)
-        y, z = yz.chunk(2, 2)
-        x = torch.empty_like(y, memory_format=torch.contiguous_format)
-        conv_silu.forward(xz, conv_x, conv_z, x, z)
-        odd = dt_proj.shape[1] % 2  # then B and C follow at even addresses, as the scan wants them
-        dt_BC = x.new_empty(x.shape[0] * x.shape[1], odd + len(x_proj))[:, odd:]
-        torch.mm(x.flatten(0, 1), x_proj.t(), out=dt_BC)
-        tokens = _tokens(x, dt_BC, dt_proj, A_log.shape[1])
-        _, ends = scan(*tokens, _parameters(A_log, D, dt_bias), y)
+        yz, dt_BC, ends = forward(xz, conv_x, conv_z, x_proj.t(), dt_proj.t(), dt_bias, A_log, D)
         ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC, ends)
         return yz
 
@@ -60,7 +81,7 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
     conv_silu.forward(xz, conv_x, conv_z, x, None)
     batch, seqlen, dim = x.shape
     rank, dstate = dt_proj.shape[1], A_log.shape[1]
-    tokens = _tokens(x, dt_BC, dt_proj, dstate)
+    tokens = _tokens(x, dt_BC, dt_proj.t(), dstate)
     ddt_BC = torch.empty_like(dt_BC)
     _, dB, dC = ddt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
     grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias), ends, (dB, dC))
@@ -79,10 +100,10 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
 def _tokens(
     x: Tensor, dt_BC: Tensor, dt_proj: Tensor, dstate: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The scan's u, dt, B and C."""
+    """The scan's u, dt, B and C; dt_proj (R, D)."""
     batch, seqlen, _ = x.shape
-    rank = dt_proj.shape[1]
-    dt = torch.mm(dt_BC[:, :rank], dt_proj.t()).view(x.shape)
+    rank = len(dt_proj)
+    dt = torch.mm(dt_BC[:, :rank], dt_proj).view(x.shape)
     _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
     return x, dt, B, C
 
