@@ -19,6 +19,9 @@ MIN_CAPABILITY = (7, 0)
 _WIDE = 2**31  # the first integer that takes 64 bits
 
 _compiled: dict[tuple[Any, ...], Any] = {}  # what starts each kernel, by what it is compiled for
+_starts: dict[tuple[Any, ...], Any] = {}  # the same, by its arguments but for addresses
+MAX_STARTS = 10_000  # then forgotten: images of many sizes
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
 _starts_compiled = [True]  # whether compiled kernels are started without Triton: see _probe
 
 
@@ -56,7 +59,7 @@ def _probe() -> None:
 
     with _disable_current_modes():  # a real tensor, also while a model is exported or compiled
         x = torch.ones(8, device="cuda")
-        probe = functools.partial(launch, double, (1, 1, 1), (x, 8), (8,), warps=1)
+        probe = functools.partial(launch, double, (1, 1, 1), (x,), (8,), (8,), warps=1)
         probe()
         try:
             probe()
@@ -65,6 +68,7 @@ def _probe() -> None:
         except Exception:  # a Triton that wants other arguments there
             _starts_compiled[:] = [False]
             _compiled.clear()
+            _starts.clear()
             probe()
         if not torch.equal(x, torch.full_like(x, 4)):
             raise RuntimeError("it gave a wrong result")
@@ -108,54 +112,81 @@ def _usable() -> bool:
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    args: Sequence[Tensor | int | float | None],
+    tensors: Sequence[Tensor | None],
+    numbers: tuple[int | float, ...],
     constants: tuple[Any, ...],
     warps: int,
 ) -> None:
-    """Start a kernel on the GPU of its first argument.
+    """Start a kernel on the GPU of its first tensor.
 
     ``kernel[grid](...)`` finds the compiled kernel anew at every call, which takes longer than most
-    of our kernels run; here it is found by what it was specialised on.
+    of our kernels run; here it is found by its arguments, and if those are new by what Triton
+    compiles for.
 
     Args:
         kernel: a ``triton.jit`` function.
         grid: programs along three axes.
-        args: its arguments but the ``tl.constexpr`` ones.
+        tensors: its first arguments.
+        numbers: the next ones.
         constants: its ``tl.constexpr`` arguments, in order; they come last.
         warps: of a program.
     """
-    device = args[0].get_device()  # type: ignore[union-attr]
+    device = tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, warps)
+            return launch(kernel, grid, tensors, numbers, constants, warps)
     facts: list[Any] = [id(kernel), constants, warps, device]
-    values: list[Any] = []  # addresses: of a tensor the driver is asked where it lies, every time
-    for arg in args:
-        kind = type(arg)
-        if kind is int:
-            values.append(arg)
-            # Triton compiles for 0 and 1, then whether it is a multiple of 16 and has 32 bits.
-            facts.append(arg if arg < 2 else (2 if arg < _WIDE else 4) + (not arg & 15))  # type: ignore
-        elif isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            values.append(address)
-            # Triton refuses other dtypes and a CPU's tensors, compiled kernels do not.
-            facts += (arg.dtype, arg.is_cuda, not address & 15)
+    addresses: list[int | None] = []  # of a tensor Triton would ask the driver where it lies
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(None)
+            facts.append(None)
         else:
-            values.append(arg)
-            facts.append(kind)
-    key = tuple(facts)
-    start = _compiled.get(key)
+            address = tensor.data_ptr()
+            addresses.append(address)
+            # Triton refuses other dtypes and a CPU's tensors, compiled kernels do not.
+            facts += (tensor.dtype, tensor.is_cuda, not address & 15)
+    key = (*facts, numbers)
+    start = _starts.get(key)
     if start is None:
-        compiled = kernel[grid](*args, *constants, num_warps=warps)
-        if compiled is not None and _starts_compiled[0]:  # None if interpreted
-            _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
-        return None
-    run, function, metadata = start
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    # As compiled[grid](...), which asks for the device and the stream by way of Python; no hooks.
-    run(*grid, stream, function, metadata, None, None, None, *values, *constants)
+        if len(_starts) == MAX_STARTS:
+            _starts.clear()
+        general = (*facts, *map(_specialisation, numbers))
+        start = _compiled.get(general)
+        if start is None:
+            compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
+            if compiled is not None and _starts_compiled[0]:  # None if interpreted
+                _compiled[general] = _starts[key] = _starter(compiled)
+            return None
+        _starts[key] = start
+    run, more = start
+    run(*grid, _raw_stream(device), *more, *addresses, *numbers, *constants)
     return None
+
+
+def _starter(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What starts a compiled kernel, and what that takes between a stream and the arguments.
+
+    ``compiled[grid](...)`` comes to this with launch hooks, which ours have none of.
+    """
+    run, packed = compiled.run, compiled.packed_metadata
+    hooks = None, None, None  # the first is what they would be called with
+    try:  # as Triton 3.6 has it: less of Python
+        if not (run.global_scratch_size or run.profile_scratch_size):
+            flags = run.launch_cooperative_grid, run.launch_pdl
+            return run.launch, (compiled.function, *flags, None, None, packed, *hooks)
+    except AttributeError:
+        pass
+    return run, (compiled.function, packed, *hooks)
+
+
+def _specialisation(value: float) -> Any:
+    """What Triton compiles for: 0 and 1, then whether it is a multiple of 16 and has 32 bits."""
+    if not isinstance(value, int):
+        return type(value)
+    if value < 2:
+        return value
+    return (2 if value < _WIDE else 4) + (not value & 15)
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:

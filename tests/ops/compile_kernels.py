@@ -43,10 +43,12 @@ class Compiler:
         self,
         kernel: Any,
         _grid: tuple[int, int, int],
-        args: Sequence[Any],
+        tensors: Sequence[Any],
+        numbers: Sequence[Any],
         constants: tuple[Any, ...],
         warps: int,
     ) -> None:
+        args = [*tensors, *numbers]
         types = [type_of(arg) for arg in args]
         specialised = [not p.do_not_specialize for p in kernel.params[: len(args)]]
         pairs = list(zip(specialised, args, strict=True))

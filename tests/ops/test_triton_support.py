@@ -18,9 +18,10 @@ from mambavision_backbone.ops.triton_support import launch
 class Kernel:
     """Notes how it is started: through Triton's lookup or as a compiled kernel."""
 
-    def __init__(self, compiled: Callable[..., None]) -> None:
+    def __init__(self, compiled: Callable[..., None], launcher: type[_Launcher]) -> None:
         self.starts: list[str] = []
         self.compiled = compiled
+        self.launcher = launcher
 
     def __getitem__(self, _grid: Any) -> Callable[..., Any]:
         def start(x: torch.Tensor, *_: Any, num_warps: int) -> Any:
@@ -32,11 +33,45 @@ class Kernel:
 
 
 class _Compiled:
+    """What Triton returns: with the launcher's parts that ``launch`` uses."""
+
+    function, packed_metadata = 11, (1, 0)
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.run = kernel.launcher(kernel)
+
+
+class _Launcher:
+    """Of most versions of Triton: what it is called with comes between the grid and arguments."""
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
-    def __getitem__(self, _grid: Any) -> Callable[..., None]:
-        return lambda *args: self.kernel.compiled(self.kernel, *args)
+    def __call__(self, *args: Any) -> None:
+        grid, stream, fixed, rest = args[:3], args[3], args[4:9], args[9:]
+        assert (grid, stream, fixed) == ((1, 1, 1), 0, (11, (1, 0), None, None, None))
+        self.kernel.compiled(self.kernel, *rest)
+
+
+class _Launcher36(_Launcher):
+    """Of Triton 3.6, whose call adds scratch memory and flags to those of ``launch``."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid, launch_pdl = False, True
+
+    def launch(self, *args: Any) -> None:
+        assert args[4:9] == (11, False, True, None, None)
+        super().__call__(*args[:4], args[4], *args[9:])
+
+    def __call__(self, *_: Any) -> None:
+        raise AssertionError("the long way")
+
+
+class _WithScratch(_Launcher36):
+    """A kernel that needs scratch memory, which the launcher's call allocates."""
+
+    global_scratch_size = 16
+    __call__ = _Launcher.__call__
 
 
 def works(kernel: Kernel, address: int, n: int, *_: Any) -> None:
@@ -53,19 +88,39 @@ def fails(_kernel: Kernel, *_: Any) -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_support, "_compiled", {})
+    monkeypatch.setattr(triton_support, "_starts", {})
+    monkeypatch.setattr(triton_support, "_raw_stream", lambda _: 0)
     monkeypatch.setattr(triton_support, "_starts_compiled", [True])
 
 
-def test_a_compiled_kernel_is_found_by_what_triton_specialises_on() -> None:
-    kernel = Kernel(works)
+LOOKED, COMPILED = "looked up, 2 warps", "compiled"
+
+
+@pytest.mark.parametrize("launcher", [_Launcher, _Launcher36, _WithScratch])
+def test_a_compiled_kernel_is_found_by_what_triton_specialises_on(
+    launcher: type[_Launcher],
+) -> None:
+    kernel = Kernel(works, launcher)
     wide = torch.ones(64)
-    for args in [(wide, 32), (wide, 48), (wide, 1), (wide, 7), (wide[1:], 32), (wide.half(), 32)]:
-        launch(kernel, (1, 1, 1), args, (8,), warps=2)
-    looked, compiled = "looked up, 2 warps", "compiled"
-    assert kernel.starts == [looked, compiled, looked, looked, looked, looked]
-    launch(kernel, (1, 1, 1), (wide, 32), (16,), warps=2)
-    launch(kernel, (1, 1, 1), (wide, 32), (8,), warps=4)
-    assert kernel.starts[6:] == [looked, "looked up, 4 warps"]
+    for x, n in [(wide, 32), (wide, 48), (wide, 1), (wide, 7), (wide[1:], 32), (wide.half(), 32)]:
+        launch(kernel, (1, 1, 1), (x,), (n,), (8,), warps=2)
+    assert kernel.starts == [LOOKED, COMPILED, LOOKED, LOOKED, LOOKED, LOOKED]
+    launch(kernel, (1, 1, 1), (wide,), (32,), (16,), warps=2)
+    launch(kernel, (1, 1, 1), (wide,), (32,), (8,), warps=4)
+    assert kernel.starts[6:] == [LOOKED, "looked up, 4 warps"]
+
+
+def test_arguments_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images of many sizes only so many; compiled kernels are found all the same."""
+    monkeypatch.setattr(triton_support, "MAX_STARTS", 2)
+    kernel = Kernel(works, _Launcher)
+    x = torch.ones(64)
+    for n in (16, 32, 48, 64, 16, 16):
+        launch(kernel, (1, 1, 1), (x,), (n,), (8,), warps=2)
+        assert len(triton_support._starts) <= 2
+    assert kernel.starts == [LOOKED, *[COMPILED] * 5]
+    doubled = torch.tensor([6, 4, 3, 2]).repeat_interleave(16)  # the first start doubled all
+    assert torch.equal(x, 2.0**doubled)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +133,7 @@ def test_a_compiled_kernel_is_found_by_what_triton_specialises_on() -> None:
 def test_probe_finds_out_whether_compiled_kernels_can_be_started(
     compiled: Callable[..., None], starts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = Kernel(compiled)
+    kernel = Kernel(compiled, _Launcher)
     ones = torch.ones
     monkeypatch.setattr(triton_common, "double", kernel)
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # noqa: ARG005
@@ -89,7 +144,7 @@ def test_probe_finds_out_whether_compiled_kernels_can_be_started(
 
 def test_a_wrong_result_of_the_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ones = torch.ones
-    monkeypatch.setattr(triton_common, "double", Kernel(lambda *_: None))
+    monkeypatch.setattr(triton_common, "double", Kernel(lambda *_: None, _Launcher))
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # noqa: ARG005
     with pytest.raises(RuntimeError, match="wrong result"):
         triton_support._probe()

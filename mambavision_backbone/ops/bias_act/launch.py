@@ -15,7 +15,8 @@ def bias_act_(y: Tensor, bias: Tensor, act: str, x: Tensor | None) -> Tensor:
     launch(
         kernels.forward,
         (ceil_div(y.numel(), BLOCK), 1, 1),
-        (y, bias, x, y.numel(), y.shape[1]),
+        (y, bias, x),
+        (y.numel(), y.shape[1]),
         (act, x is not None, BLOCK),
         WARPS,
     )

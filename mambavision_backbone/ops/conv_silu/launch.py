@@ -28,10 +28,8 @@ def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor
     launch(
         kernels.forward,
         (ceil_div(rows, BLOCK_ROWS), branches * ceil_div(dim, BLOCK_D), 1),
-        (
-            xz, weight_x.contiguous(), weight_z.contiguous(), x, z,
-            s_xz, x.stride(1), z.stride(1), rows, seqlen, dim,
-        ),
+        (xz, weight_x.contiguous(), weight_z.contiguous(), x, z),
+        (s_xz, x.stride(1), z.stride(1), rows, seqlen, dim),
         (branches, BLOCK_ROWS, BLOCK_D),
         WARPS,
     )  # fmt: skip
@@ -50,10 +48,8 @@ def backward(
     launch(
         kernels.backward,
         (programs, 2 * ceil_div(dim, BLOCK_D), 1),
-        (
-            dx, dz, xz, weight_x.contiguous(), weight_z.contiguous(), dxz, dw,
-            s_dx, s_dz, s_xz, rows, seqlen, dim, TILES,
-        ),
+        (dx, dz, xz, weight_x.contiguous(), weight_z.contiguous(), dxz, dw),
+        (s_dx, s_dz, s_xz, rows, seqlen, dim, TILES),
         (BLOCK_ROWS, BLOCK_D),
         WARPS,
     )  # fmt: skip

@@ -54,10 +54,8 @@ def forward(
     launch(
         kernels.forward,
         (ceil_div(rows, ROWS), 1, 1),
-        (
-            x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd,
-            rows, x.shape[1], channels, eps,
-        ),
+        (x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd),
+        (rows, x.shape[1], channels, eps),
         (
             y is not None, y_bias is not None, gamma is not None, factor is not None,
             stats, ROWS, block,
@@ -92,10 +90,8 @@ def _backward(
     launch(
         kernels.backward,
         (programs, 1, 1),
-        (
-            dnormed, dtotal, total, y, y_bias, gamma, factor, weight, mean, rstd, dx, dy, dparam,
-            rows, total.shape[1], channels, tiles,
-        ),
+        (dnormed, dtotal, total, y, y_bias, gamma, factor, weight, mean, rstd, dx, dy, dparam),
+        (rows, total.shape[1], channels, tiles),
         (*options, ROWS, block),
         warps=max(2, block // 512),
     )  # fmt: skip
@@ -183,10 +179,8 @@ class MapNormFunction(torch.autograd.Function):
         launch(
             kernels.map_forward,
             (ceil_div(pixels, block_p), batch, 1),
-            (
-                x, weight, bias, y, mean, rstd,
-                *_map_strides(x), channels, eps,
-            ),
+            (x, weight, bias, y, mean, rstd),
+            (*_map_strides(x), channels, eps),
             (block_p, block_c),
             warps,
         )  # fmt: skip
@@ -208,10 +202,8 @@ class MapNormFunction(torch.autograd.Function):
         launch(
             kernels.map_backward,
             (programs, batch, 1),
-            (
-                dy, x, weight, mean, rstd, dx, dparam,
-                *dy.stride(), *_map_strides(x), channels, tiles,
-            ),
+            (dy, x, weight, mean, rstd, dx, dparam),
+            (*dy.stride(), *_map_strides(x), channels, tiles),
             (block_p, block_c),
             warps,
         )  # fmt: skip

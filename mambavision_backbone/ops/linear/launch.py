@@ -24,7 +24,8 @@ def column_sum(x: Tensor) -> Tensor:
     launch(
         kernels.column_sum,
         (programs, ceil_div(channels, BLOCK_C), 1),
-        (x, parts, x.stride(0), rows, channels, tiles),
+        (x, parts),
+        (x.stride(0), rows, channels, tiles),
         (BLOCK_ROWS, BLOCK_C),
         WARPS,
     )

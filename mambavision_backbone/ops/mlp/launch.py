@@ -23,7 +23,8 @@ def _gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     launch(
         kernels.backward,
         (programs, ceil_div(channels, BLOCK_C), 1),
-        (dg, h, dh, g, db, rows, channels, tiles),
+        (dg, h, dh, g, db),
+        (rows, channels, tiles),
         (BLOCK_ROWS, BLOCK_C),
         WARPS,
     )

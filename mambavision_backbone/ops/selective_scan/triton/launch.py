@@ -134,8 +134,8 @@ def _ends(
     launch(
         kernels.chunk_ends,
         (sizes.blocks_d, sizes.chunks - 1, sizes.batch),
+        (v, dt, parameters.A, w, parameters.dt_bias, end, decay),
         (
-            v, dt, parameters.A, w, parameters.dt_bias, end, decay,
             v.stride(0), dt.stride(0), w.stride(0), v.stride(1), dt.stride(1), w.stride(1),
             *sizes.lengths, sizes.chunks,
         ),
@@ -146,7 +146,8 @@ def _ends(
         launch(
             kernels.carry,
             (sizes.blocks_d, sizes.dstate, sizes.batch),
-            (decay, end, sizes.chunks, sizes.dim, sizes.dstate),
+            (decay, end),
+            (sizes.chunks, sizes.dim, sizes.dstate),
             (back, BLOCK_D, power_of_2(sizes.chunks)),
             CARRY_WARPS,
         )
@@ -170,8 +171,8 @@ def scan(
     launch(
         kernels.forward,
         sizes.grid,
+        (u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, decay, h, y),
         (
-            u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, decay, h, y,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
             *sizes.lengths,
@@ -232,6 +233,8 @@ def scan_backward(
         (
             u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, dy, decay, h, r_decay, r,
             h_tile, grads.u, grads.dt, parts[0], parts[1], dparam,
+        ),
+        (
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), dy.stride(0),
             u.stride(1), dt.stride(1), B.stride(1), C.stride(1), dy.stride(1),
             *sizes.lengths,
@@ -246,6 +249,8 @@ def scan_backward(
         (programs, 1, 1),
         (
             parts[0], parts[1], dparam, grads.B, grads.C, grads.A, grads.D, grads.dt_bias,
+        ),
+        (
             grads.B.stride(0), grads.C.stride(0), grads.B.stride(1), grads.C.stride(1),
             seqlen, dim, dstate, batch, blocks_d, batch * chunks, columns,
         ),
