@@ -68,6 +68,9 @@ class FastBackbone(nn.Module):
     captured, all others run as they are. All graphs share their memory, which is what the largest
     shape takes: one pass is under way at a time, on one stream.
 
+    Weights may be changed in place, loaded, cast and moved; layers, and weights otherwise, are not
+    to be replaced: they are read when the copy is made.
+
     Args:
         backbone: the network; it is not changed.
         dtype: see :func:`accelerate`.
@@ -94,8 +97,8 @@ class FastBackbone(nn.Module):
         for level in net.levels[:2]:
             level.blocks = nn.ModuleList(map(_FoldedConvBlock, level.blocks))  # type: ignore
         for i, level in enumerate(net.levels):
-            if isinstance(level, TokenStage):
-                net.levels[i] = StraightStage(level).eval()
+            if type(level) is TokenStage:
+                net.levels[i] = StraightStage(level)
         net._caster.slots.clear()  # they hold the layers that were replaced
         self.net = net.to(dtype)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -121,7 +124,8 @@ class FastBackbone(nn.Module):
         key = tuple(x.shape)
         graph = self._graphs.get(key)
         if graph is None:
-            if not x.is_cuda or traced() or len(self._graphs) >= self.max_graphs:
+            full = len(self._graphs) >= self.max_graphs
+            if not x.is_cuda or traced() or full or getattr(self, "_is_replica", False):
                 return self.net(x)
             if key not in self._seen:
                 self._seen.add(key)
@@ -168,7 +172,7 @@ class FastBackbone(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave graphs out of copies."""
-        return {**super().__getstate__(), "_graphs": {}, "_seen": set(), "_memory": None}
+        return {**self.__dict__, "_graphs": {}, "_seen": set(), "_memory": None}
 
 
 class _Graph(NamedTuple):

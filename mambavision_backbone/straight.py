@@ -7,78 +7,117 @@ chain of calls on rows of tokens: by the same kernels, hence to the same maps.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.modules import module as torch_module
 
 from .layers.attention import Attention
-from .layers.blocks import Branch
+from .layers.blocks import Branch, TokenBlock
 from .layers.mixer import MambaVisionMixer
 from .layers.stage import TokenStage
 from .layers.windows import merge, partition
-from .ops.linear import plain
 from .ops.selective_scan import choose_backend
 from .ops.triton_support import fusible
 
-_NOTHING = (None, None, None, None)  # to be added
+# Of the modules of blocks; adapters and quantised or parametrised layers do something else.
+_USUAL = {nn.ModuleList, TokenBlock, MambaVisionMixer, Attention, Mlp, nn.Linear, nn.LayerNorm}
+_USUAL |= {nn.Conv1d, nn.GELU, nn.Dropout, nn.Identity}
+_NOTHING = Branch(None, None, None, None)  # type: ignore[arg-type]
 
 
 class StraightStage(TokenStage):
-    """The blocks of another stage for inference, (B, C, H, W) → same.
+    """Another stage for inference, (B, C, H, W) → same; it takes its modules, hooks included.
 
     Through the modules, as there, where kernels of ours cannot be used, in float32, for compilers
-    and exporters, and where modules have hooks or are not the usual ones, as adapters' are not.
-    Weights may be changed in place, but not be replaced.
+    and exporters, and where modules have hooks or are not the usual ones. Weights may be changed
+    in place, loaded, cast and moved; replaced they, or layers, are not noticed.
     """
 
     def __init__(self, stage: TokenStage) -> None:
-        nn.Module.__init__(self)
-        self.blocks, self.downsample, self.with_cp = stage.blocks, stage.downsample, False
-        self.window_size, self.window_mode = stage.window_size, stage.window_mode
-        modules = list(self.blocks.modules())
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        linears = [m for m in modules if isinstance(m, nn.Linear)]
-        self._usual = all(map(plain, linears)) and not any(map(is_parametrized, modules))
-        self._chain = self._chained()
+        self.__dict__.update(stage.__dict__)
+        self.register_load_state_dict_post_hook(_chain_anew)
+        self._set_chain()
 
     def forward(self, x: Tensor) -> Tensor:
         """Cut into windows, run the blocks, put back."""
         if not self._straight(x):
             return super().forward(x)
-        from .ops.layer_norm.launch import forward as add_norm
-        from .ops.mix.launch import forward as mix
-
         tokens, grid = partition(x, self.window_size, self.window_mode)
+        mixer: Any = self.blocks[0].mixer
+        if choose_backend(mixer.scan_backend, tokens, mixer.A_log) != "triton":
+            return super().forward(x)
         keep, grid = grid.crop()
         shape = tokens.shape
-        rows = tokens.contiguous().flatten(0, 1)
-        branch: Any = None
+        rows, branch = tokens.contiguous().flatten(0, 1), _NOTHING
         for block in self._chain if keep is None else self._chain[:-1]:
-            rows, branch = block(rows, branch, shape, add_norm, mix)
+            rows, branch = block(rows, branch, shape)
         tokens = rows.view(shape)
-        branch = branch and branch._replace(y=branch.y.view(shape))
+        last = None if branch is _NOTHING else branch._replace(y=branch.y.view(shape))
         if keep is not None:
-            tokens, branch = self.blocks[-1](tokens, branch, keep)
-        return merge(branch.add_to(tokens), grid)
+            tokens, last = self.blocks[-1](tokens, last, keep)
+        assert last is not None  # there is a block
+        return merge(last.add_to(tokens), grid)
 
     def _straight(self, x: Tensor) -> bool:
-        if not (self._usual and fusible(x)) or x.dtype == torch.float32 or any(self._hooks):
-            return False
-        mixer = self.blocks[0].mixer
-        scan = choose_backend(mixer.scan_backend, x, mixer.A_log)  # type: ignore
-        return scan == "triton" and not torch.is_grad_enabled()
+        return (
+            len(self._chain) > 0
+            and fusible(x)
+            and x.dtype != torch.float32
+            and not torch.is_grad_enabled()
+            and not (any(self._hooks) or _global_hooks())
+            and not getattr(self, "_is_replica", False)  # of nn.DataParallel: weights not its own
+        )
 
-    def _chained(self) -> list[_Block]:
-        return [_Block.of(block) for block in self.blocks] if self._usual else []
+    def _set_chain(self) -> None:
+        modules = list(self.blocks.modules())
+        usual = all(type(m) in _USUAL for m in modules)
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._chain = [_Block.of(block) for block in self.blocks] if usual else []
 
     def _apply(self, *args: Any, **kwargs: Any) -> StraightStage:
-        """Move or cast; the chain holds views of the old weights."""
+        """Move or cast; the chain holds views of the weights."""
         super()._apply(*args, **kwargs)
-        self._chain = self._chained()
+        self._set_chain()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the chain out of copies."""
+        return {**self.__dict__, "_chain": [], "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make it anew."""
+        super().__setstate__(state)
+        self._set_chain()
+
+
+def _chain_anew(stage: nn.Module, _keys: Any) -> None:
+    """Loading may have replaced weights."""
+    assert isinstance(stage, StraightStage)
+    stage._set_chain()
+
+
+def _global_hooks() -> bool:
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+@functools.cache
+def _add_norm() -> Callable[..., Any]:
+    from .ops.layer_norm.launch import forward  # Triton is loaded at first use
+
+    return forward
+
+
+@functools.cache
+def _mix() -> Callable[..., Any]:
+    from .ops.mix.launch import forward
+
+    return forward
 
 
 class _Block(NamedTuple):
@@ -104,12 +143,11 @@ class _Block(NamedTuple):
             block.gamma_2,
         )
 
-    def __call__(
-        self, x: Tensor, branch: Branch | None, shape: torch.Size, add_norm: Any, mix: Any
-    ) -> tuple[Tensor, Branch]:
+    def __call__(self, x: Tensor, branch: Branch, shape: torch.Size) -> tuple[Tensor, Branch]:
         """As ``TokenBlock.forward``; ``shape`` is that of tokens in windows."""
-        x, y, *_ = add_norm(x, branch or _NOTHING, *self.norm1, False)
-        y, bias = self.mixer(y, shape, mix)
+        add_norm = _add_norm()
+        x, y, *_ = add_norm(x, branch, *self.norm1, False)
+        y, bias = self.mixer(y, shape)
         x, y, *_ = add_norm(x, (y, bias, self.gamma_1, None), *self.norm2, False)
         y, bias = self.mlp(y)
         return x, Branch(y, bias, self.gamma_2, None)
@@ -128,8 +166,8 @@ class _Mixer(NamedTuple):
         )  # fmt: skip
         return cls(layer.in_proj.weight.t(), core, layer.out_proj.weight.t())
 
-    def __call__(self, x: Tensor, shape: torch.Size, mix: Any) -> tuple[Tensor, None]:
-        y, *_ = mix(torch.mm(x, self.in_proj).view(shape), *self.core)
+    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, None]:
+        y, *_ = _mix()(torch.mm(x, self.in_proj).view(shape), *self.core)
         return torch.mm(y.view(x.shape), self.out_proj), None
 
 
@@ -142,7 +180,7 @@ class _Attention(NamedTuple):
     def of(cls, layer: Attention) -> _Attention:
         return cls(_linear(layer.qkv), _linear(layer.proj), (layer.num_heads, layer.head_dim))
 
-    def __call__(self, x: Tensor, shape: torch.Size, _mix: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         weight, bias = self.qkv
         qkv = torch.addmm(bias, x, weight).view(shape[0], shape[1], 3, *self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-import sys
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mambavision_backbone import MambaVision, straight
 from mambavision_backbone.inference import FastBackbone
 from mambavision_backbone.layers.stage import TokenStage
+from mambavision_backbone.ops.triton_support import traced
 from tests.ops.test_fused_network import set_fused
 
 pytest.importorskip("triton")
@@ -62,7 +64,7 @@ def modules_called(monkeypatch: pytest.MonkeyPatch) -> list[TokenStage]:
     return called
 
 
-@pytest.mark.parametrize("hw", [(96, 128), (70, 161)], ids=str)
+@pytest.mark.parametrize("hw", [(96, 128), (40, 160)], ids=str)
 @pytest.mark.parametrize("fast", CASES, ids=str, indirect=True)
 def test_same_maps(fast: FastBackbone, hw: tuple[int, int], modules_called: list[Any]) -> None:
     x = torch.randn(2, 3, *hw, device=DEVICE)
@@ -73,62 +75,135 @@ def test_same_maps(fast: FastBackbone, hw: tuple[int, int], modules_called: list
     assert len(modules_called) == 2
 
 
-def test_copies_moves_and_changed_weights(fast: FastBackbone) -> None:
-    """The chain holds the parameters that the modules hold."""
+def test_copies_moves_and_changed_weights(fast: FastBackbone, modules_called: list[Any]) -> None:
+    """The chain follows the weights that the modules have."""
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
     before = fast(x)
-    copied = copy.deepcopy(fast)
+    copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))]
     with torch.no_grad():
         for parameter in fast.parameters():
             parameter.mul_(0.5)
-    assert not same(fast(x), before)
-    assert same(fast(x), through_modules(fast, x))
-    assert same(copied(x), before)
-    moved = copied.to(torch.float32).to(DTYPE)
-    assert same(moved(x), before)
-    moved.load_state_dict(fast.state_dict())
-    assert same(moved(x), fast(x))
+    after = fast(x)
+    assert not same(after, before)
+    assert same(after, through_modules(fast, x))
+    modules_called.clear()
+    for assign, copied in enumerate(copies):
+        assert same(copied(x), before)
+        copied.to(torch.float32).to(DTYPE)
+        assert same(copied(x), before)
+        copied.load_state_dict(fast.state_dict(), assign=bool(assign))
+        assert same(copied(x), after)
+    assert not modules_called
 
 
 def test_hooks_are_called(fast: FastBackbone, modules_called: list[Any]) -> None:
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
-    seen: list[Tensor] = []
     before = fast(x)
-    block = fast.net.levels[3].blocks[0]
-    handle = block.mlp.fc2.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    fast(x)
-    assert len(seen) == 1
-    assert modules_called == [fast.net.levels[3]]
-    handle.remove()
+    seen: list[str] = []
+    stage = fast.net.levels[3]
+    block = stage.blocks[0]
+    of_all = torch.nn.modules.module.register_module_forward_hook
+    for name, register, hooked in [
+        ("after", block.mlp.fc2.register_forward_hook, block.mlp.fc2),
+        ("before", block.mlp.fc2.register_forward_pre_hook, block.mlp.fc2),
+        ("of all modules", of_all, block),
+    ]:
+        modules_called.clear()
+
+        def look(module: nn.Module, *_: Any, name: str = name, hooked: Any = hooked) -> None:
+            if module is hooked:
+                seen.append(name)
+
+        handle = register(look)
+        fast(x)
+        handle.remove()
+        assert seen.pop() == name
+        assert not seen
+        assert modules_called[-1] is stage
+    stage.register_forward_hook(lambda *_: seen.append("stage"))
+    modules_called.clear()
     assert same(fast(x), before)
-    assert len(seen) == 1
+    assert seen == ["stage"]
+    assert not modules_called
 
 
-def test_other_layers_and_float32(
-    tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, modules_called: list[Any]
-) -> None:
-    """Adapters, and what the chain has no kernels for, go through the modules."""
+@pytest.fixture
+def model(tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> MambaVision:
+    """A network to be made fast, whose operators are kernels."""
     model = MambaVision(tiny_arch).to(DEVICE).eval()
     set_fused(monkeypatch, model, True)
     monkeypatch.setattr(straight, "fusible", lambda _: True)
+    return model
+
+
+class Adapter(nn.Module):
+    """Around a layer, as those of adapters are, and with what they show of it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    weight = property(lambda self: self.layer.weight)
+    bias = property(lambda self: self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 1
+
+
+class Subclass(TokenStage):
+    """Somebody's own."""
+
+
+def adapt(model: MambaVision) -> None:
+    block = model.levels[2].blocks[0]
+    block.mlp.fc1 = Adapter(block.mlp.fc1)
+
+
+def normalise_weights(model: MambaVision) -> None:
+    nn.utils.parametrizations.weight_norm(model.levels[2].blocks[0].mlp.fc1)
+
+
+def subclass(model: MambaVision) -> None:
+    model.levels[2].__class__ = Subclass
+
+
+@pytest.mark.parametrize("change", [adapt, normalise_weights, subclass], ids=lambda f: f.__name__)
+def test_other_layers(change: Any, model: MambaVision, modules_called: list[Any]) -> None:
+    change(model)
+    fast = FastBackbone(model, DTYPE, graphs=0)
+    fast(torch.randn(1, 3, 64, 64, device=DEVICE))
+    assert modules_called == [fast.net.levels[2]]
+
+
+def test_hooks_of_stages_are_kept(model: MambaVision) -> None:
+    seen: list[int] = []
+    model.levels[2].register_forward_hook(lambda *_: seen.append(2))
+    FastBackbone(model, DTYPE, graphs=0)(torch.randn(1, 3, 64, 64, device=DEVICE))
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("other", ["float32", "backend", "gradients", "replica"])
+def test_where_the_chain_is_not_meant_for(
+    other: str, model: MambaVision, modules_called: list[Any]
+) -> None:
+    for block in model.levels[2].blocks[:1]:
+        block.mixer.scan_backend = "reference" if other == "backend" else "triton"
+    fast = FastBackbone(model, torch.float32 if other == "float32" else DTYPE, graphs=0)
+    stage = fast.net.levels[2]
+    stage._is_replica = other == "replica"
+    x = torch.randn(1, 64, 8, 8, device=DEVICE, dtype=fast.dtype)
+    with torch.set_grad_enabled(other == "gradients"):
+        stage(x)
+    assert modules_called == [stage]
+
+
+def test_compilers_exporters_and_counters_see_modules(
+    fast: FastBackbone, modules_called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(straight, "fusible", lambda _: not traced())
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
-    FastBackbone(model, torch.float32, graphs=0)(x)
-    assert len(modules_called) == 2
-    fc1 = model.levels[2].blocks[0].mlp.fc1
-    torch.nn.utils.parametrizations.weight_norm(fc1)
-    adapted = FastBackbone(model, DTYPE, graphs=0)
-    modules_called.clear()
-    adapted(x)
-    assert modules_called == [adapted.net.levels[2]]
-
-
-def test_traced(fast: FastBackbone, modules_called: list[Any], monkeypatch: Any) -> None:
-    """Compilers and exporters see modules."""
-    monkeypatch.setattr(
-        straight, "fusible", sys.modules["mambavision_backbone.ops.triton_support"].fusible
-    )
-    from torch.utils.flop_counter import FlopCounterMode
-
+    fast(x)
+    assert not modules_called
     with FlopCounterMode(display=False):
-        fast(torch.randn(1, 3, 64, 64, device=DEVICE))
+        fast(x)
     assert len(modules_called) == 2

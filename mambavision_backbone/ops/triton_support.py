@@ -18,11 +18,13 @@ MIN_CAPABILITY = (7, 0)
 
 _WIDE = 2**31  # the first integer that takes 64 bits
 
-_compiled: dict[tuple[Any, ...], Any] = {}  # what starts each kernel, by what it is compiled for
-_starts: dict[tuple[Any, ...], Any] = {}  # the same, by its arguments but for addresses
-MAX_STARTS = 10_000  # then forgotten: images of many sizes
+# What starts each kernel, by what Triton compiles for, and by its arguments but for addresses: so
+# many, then they are forgotten, as images come in many sizes.
+_by_specialisation: dict[tuple[Any, ...], Any] = {}
+_by_arguments: dict[tuple[Any, ...], Any] = {}
+_MAX_ARGUMENTS = 10_000
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
-_starts_compiled = [True]  # whether compiled kernels are started without Triton: see _probe
+_starter: list[Any] = [None]  # makes that of a compiled kernel; None: Triton's lookup, always
 
 
 def interpreted() -> bool:
@@ -60,18 +62,29 @@ def _probe() -> None:
     with _disable_current_modes():  # a real tensor, also while a model is exported or compiled
         x = torch.ones(8, device="cuda")
         probe = functools.partial(launch, double, (1, 1, 1), (x,), (8,), (8,), warps=1)
+        _start_by(None)
         probe()
-        try:
-            probe()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception:  # a Triton that wants other arguments there
-            _starts_compiled[:] = [False]
-            _compiled.clear()
-            _starts.clear()
-            probe()
-        if not torch.equal(x, torch.full_like(x, 4)):
+        if not torch.equal(x, torch.full_like(x, 2)):
             raise RuntimeError("it gave a wrong result")
+        for starter in (_by_function, _by_call):  # versions of Triton differ
+            _start_by(starter)
+            try:
+                probe()
+                probe()
+                if torch.equal(x.div_(4), torch.full_like(x, 2)):
+                    return
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                logger.debug("%s: %s", starter.__name__, error)
+            x.fill_(2)
+        _start_by(None)
+
+
+def _start_by(starter: Any) -> None:
+    _starter[:] = [starter]
+    _by_specialisation.clear()
+    _by_arguments.clear()
 
 
 def traced() -> bool:
@@ -120,7 +133,7 @@ def launch(
     """Start a kernel on the GPU of its first tensor.
 
     ``kernel[grid](...)`` finds the compiled kernel anew at every call, which takes longer than most
-    of our kernels run; here it is found by its arguments, and if those are new by what Triton
+    of our kernels run; here it is found by its arguments, or if those are new by what Triton
     compiles for.
 
     Args:
@@ -147,37 +160,39 @@ def launch(
             # Triton refuses other dtypes and a CPU's tensors, compiled kernels do not.
             facts += (tensor.dtype, tensor.is_cuda, not address & 15)
     key = (*facts, numbers)
-    start = _starts.get(key)
+    start = _by_arguments.get(key)
     if start is None:
-        if len(_starts) == MAX_STARTS:
-            _starts.clear()
         general = (*facts, *map(_specialisation, numbers))
-        start = _compiled.get(general)
+        start = _by_specialisation.get(general)
         if start is None:
             compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
-            if compiled is not None and _starts_compiled[0]:  # None if interpreted
-                _compiled[general] = _starts[key] = _starter(compiled)
+            if compiled is not None and _starter[0]:  # None if interpreted
+                _by_specialisation[general] = _starter[0](compiled)
             return None
-        _starts[key] = start
+        if len(_by_arguments) >= _MAX_ARGUMENTS:
+            _by_arguments.clear()
+        _by_arguments[key] = start
     run, more = start
     run(*grid, _raw_stream(device), *more, *addresses, *numbers, *constants)
     return None
 
 
-def _starter(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What starts a compiled kernel, and what that takes between a stream and the arguments.
+# What ``compiled[grid](...)`` comes to: a function, and what it takes between a stream and a
+# kernel's arguments. The last two are launch hooks, of profilers say; they are not called.
 
-    ``compiled[grid](...)`` comes to this with launch hooks, which ours have none of.
-    """
-    run, packed = compiled.run, compiled.packed_metadata
-    hooks = None, None, None  # the first is what they would be called with
-    try:  # as Triton 3.6 has it: less of Python
-        if not (run.global_scratch_size or run.profile_scratch_size):
-            flags = run.launch_cooperative_grid, run.launch_pdl
-            return run.launch, (compiled.function, *flags, None, None, packed, *hooks)
-    except AttributeError:
-        pass
-    return run, (compiled.function, packed, *hooks)
+
+def _by_call(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+
+
+def _by_function(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What the call comes to, less Python: as of Triton 3.6."""
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:  # to be allocated
+        return _by_call(compiled)
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    hooks = None, None, None
+    return run.launch, (compiled.function, *flags, None, None, compiled.packed_metadata, *hooks)
 
 
 def _specialisation(value: float) -> Any:

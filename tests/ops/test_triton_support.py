@@ -74,6 +74,24 @@ class _WithScratch(_Launcher36):
     __call__ = _Launcher.__call__
 
 
+class _Launcher37(_Launcher36):
+    """Of Triton 3.7, whose ``launch`` takes other arguments, but whose call does not."""
+
+    __call__ = _Launcher.__call__
+
+    def launch(self, *_: Any) -> None:
+        raise TypeError("argument 9 must be a sequence of length 3, not None")
+
+
+class _Wrong(_Launcher36):
+    """Takes the same arguments for something else."""
+
+    __call__ = _Launcher.__call__
+
+    def launch(self, *_: Any) -> None:
+        pass
+
+
 def works(kernel: Kernel, address: int, n: int, *_: Any) -> None:
     """Double n numbers at an address, which is what a compiled kernel gets of a tensor."""
     kernel.starts.append("compiled")
@@ -87,19 +105,23 @@ def fails(_kernel: Kernel, *_: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_support, "_compiled", {})
-    monkeypatch.setattr(triton_support, "_starts", {})
+    monkeypatch.setattr(triton_support, "_by_specialisation", {})
+    monkeypatch.setattr(triton_support, "_by_arguments", {})
     monkeypatch.setattr(triton_support, "_raw_stream", lambda _: 0)
-    monkeypatch.setattr(triton_support, "_starts_compiled", [True])
+    monkeypatch.setattr(triton_support, "_starter", [triton_support._by_call])
 
 
 LOOKED, COMPILED = "looked up, 2 warps", "compiled"
 
 
-@pytest.mark.parametrize("launcher", [_Launcher, _Launcher36, _WithScratch])
+@pytest.mark.parametrize(
+    ("launcher", "starter"),
+    [(_Launcher, "_by_call"), (_Launcher36, "_by_function"), (_WithScratch, "_by_function")],
+)
 def test_a_compiled_kernel_is_found_by_what_triton_specialises_on(
-    launcher: type[_Launcher],
+    launcher: type[_Launcher], starter: str
 ) -> None:
+    triton_support._starter[:] = [getattr(triton_support, starter)]
     kernel = Kernel(works, launcher)
     wide = torch.ones(64)
     for x, n in [(wide, 32), (wide, 48), (wide, 1), (wide, 7), (wide[1:], 32), (wide.half(), 32)]:
@@ -112,40 +134,62 @@ def test_a_compiled_kernel_is_found_by_what_triton_specialises_on(
 
 def test_arguments_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of images of many sizes only so many; compiled kernels are found all the same."""
-    monkeypatch.setattr(triton_support, "MAX_STARTS", 2)
+    monkeypatch.setattr(triton_support, "_MAX_ARGUMENTS", 2)
     kernel = Kernel(works, _Launcher)
     x = torch.ones(64)
     for n in (16, 32, 48, 64, 16, 16):
         launch(kernel, (1, 1, 1), (x,), (n,), (8,), warps=2)
-        assert len(triton_support._starts) <= 2
+        assert len(triton_support._by_arguments) <= 2
     assert kernel.starts == [LOOKED, *[COMPILED] * 5]
     doubled = torch.tensor([6, 4, 3, 2]).repeat_interleave(16)  # the first start doubled all
     assert torch.equal(x, 2.0**doubled)
 
 
-@pytest.mark.parametrize(
-    ("compiled", "starts"),
-    [
-        (works, ["looked up, 1 warps", "compiled"]),
-        (fails, ["looked up, 1 warps", "looked up, 1 warps"]),
-    ],
-)
-def test_probe_finds_out_whether_compiled_kernels_can_be_started(
-    compiled: Callable[..., None], starts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel = Kernel(compiled, _Launcher)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
     ones = torch.ones
     monkeypatch.setattr(triton_common, "double", kernel)
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # noqa: ARG005
+
+
+@pytest.mark.parametrize(
+    ("compiled", "launcher", "starter"),
+    [
+        (works, _Launcher36, "_by_function"),
+        (works, _Launcher37, "_by_call"),
+        (works, _Launcher, "_by_call"),
+        (works, _Wrong, "_by_call"),
+        (fails, _Launcher36, None),
+        (lambda *_: None, _Launcher, None),
+    ],
+    ids=["3.6", "3.7", "others", "wrong result", "neither", "neither: wrong results"],
+)
+def test_probe_finds_out_how_compiled_kernels_can_be_started(
+    compiled: Callable[..., None],
+    launcher: type[_Launcher],
+    starter: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = Kernel(compiled, launcher)
+    on_the_cpu(monkeypatch, kernel)
     triton_support._probe()
-    assert kernel.starts == starts
-    assert triton_support._starts_compiled == [compiled is works]
+    assert triton_support._starter == [starter and getattr(triton_support, starter)]
+    del kernel.starts[:]
+    x = torch.full((64,), 1.0)
+    for _ in range(3):
+        launch(kernel, (1, 1, 1), (x,), (32,), (8,), warps=2)
+    if compiled is works:
+        assert kernel.starts == [LOOKED, COMPILED, COMPILED]
+    else:
+        assert kernel.starts == [LOOKED] * 3
+    assert x[:32].eq(8).all()
 
 
 def test_a_wrong_result_of_the_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    ones = torch.ones
-    monkeypatch.setattr(triton_common, "double", Kernel(lambda *_: None, _Launcher))
-    monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # noqa: ARG005
+    class Idle(Kernel):
+        def __getitem__(self, _grid: Any) -> Callable[..., Any]:
+            return lambda *_, **__: None
+
+    on_the_cpu(monkeypatch, Idle(works, _Launcher))
     with pytest.raises(RuntimeError, match="wrong result"):
         triton_support._probe()
 

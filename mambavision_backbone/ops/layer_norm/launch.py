@@ -33,7 +33,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The sum (x itself without a y), its norm, and with ``stats`` mean and 1/std of each row.
 
-    ``branch`` is what is added to x: y, its bias, gamma and factor.
+    ``branch`` is what is added to x: y, its bias, gamma and factor. x and y are contiguous tokens
+    (B, L, C), without a factor also rows (R, C).
     """
     y, y_bias, gamma, factor = branch
     channels = x.shape[-1]
@@ -55,7 +56,7 @@ def forward(
         kernels.forward,
         (ceil_div(rows, ROWS), 1, 1),
         (x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd),
-        (rows, x.shape[1], channels, eps),
+        (rows, x.shape[1], channels, float(eps)),
         (
             y is not None, y_bias is not None, gamma is not None, factor is not None,
             stats, ROWS, block,
@@ -180,7 +181,7 @@ class MapNormFunction(torch.autograd.Function):
             kernels.map_forward,
             (ceil_div(pixels, block_p), batch, 1),
             (x, weight, bias, y, mean, rstd),
-            (*_map_strides(x), channels, eps),
+            (*_map_strides(x), channels, float(eps)),
             (block_p, block_c),
             warps,
         )  # fmt: skip
