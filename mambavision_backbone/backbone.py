@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_pretrained
 from .graphs import TrainingGraphs
+from .layers.attention import Attention
 from .layers.blocks import TokenBlock
 from .layers.mixer import MambaVisionMixer
 from .layers.norms import build_out_norm
@@ -123,9 +124,7 @@ class MambaVision(BaseModule):
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", build_out_norm(out_norm, channels[i]))
         self._freeze()
-        self._caster = WeightCaster(
-            self, but=[m.dt_proj for m in self.modules() if isinstance(m, MambaVisionMixer)]
-        )
+        self._caster = WeightCaster(self, but=_with_late_biases(self))
         if compile:
             self.compile(fullgraph=True, dynamic=True)
 
@@ -213,6 +212,12 @@ class MambaVision(BaseModule):
             unused.append(self.levels[last].downsample)  # type: ignore[arg-type]
         for part in [*self._frozen_parts(), *unused]:
             part.requires_grad_(False)
+
+
+def _with_late_biases(network: nn.Module) -> list[nn.Module]:
+    """Layers whose biases are added by the kernels that follow, in float32."""
+    late = {MambaVisionMixer: "dt_proj", Attention: "proj", Mlp: "fc2"}
+    return [getattr(m, late[type(m)]) for m in network.modules() if type(m) in late]
 
 
 def _is_pretrained(cfg: Any) -> bool:
