@@ -218,8 +218,8 @@ def main() -> None:
         compare(named)
         for name, run in named.items():
             metrics = ", ".join(f"{k} {v:.3f}" for k, v in run["metrics"].items())
-            finite = "all losses finite" if run["finite"] else "NOT ALL LOSSES FINITE"
-            print(f"{task:13} {name:20} distance {run['distance']:.3f}, {finite}; {metrics}")
+            verdict = "all losses finite" if run["finite"] else "NOT ALL LOSSES FINITE"
+            print(f"{task:13} {name:20} distance {run['distance']:.3f}, {verdict}; {metrics}")
         if args.seeds:
             show_pairs(runs)
         halves = [run for name, run in named.items() if not name.startswith("float32")]

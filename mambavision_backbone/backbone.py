@@ -216,8 +216,9 @@ class MambaVision(BaseModule):
 
 def _with_late_biases(network: nn.Module) -> list[nn.Module]:
     """Layers whose biases are added by the kernels that follow, in float32."""
-    late = {MambaVisionMixer: "dt_proj", Attention: "proj", Mlp: "fc2"}
-    return [getattr(m, late[type(m)]) for m in network.modules() if type(m) in late]
+    late = ((MambaVisionMixer, "dt_proj"), (Attention, "proj"), (Mlp, "fc2"))
+    pairs = ((m, name) for m in network.modules() for kind, name in late if isinstance(m, kind))
+    return [getattr(m, name) for m, name in pairs]
 
 
 def _is_pretrained(cfg: Any) -> bool:

@@ -28,7 +28,6 @@ from .ops.triton_support import fusible
 # Of the modules of blocks; adapters and quantised or parametrised layers do something else.
 _USUAL = {nn.ModuleList, TokenBlock, MambaVisionMixer, Attention, Mlp, nn.Linear, nn.LayerNorm}
 _USUAL |= {nn.Conv1d, nn.GELU, nn.Dropout, nn.Identity}
-_NOTHING = Branch(None, None, None, None)  # type: ignore[arg-type]
 
 
 class StraightStage(TokenStage):
@@ -54,15 +53,16 @@ class StraightStage(TokenStage):
             return super().forward(x)
         keep, grid = grid.crop()
         shape = tokens.shape
-        rows, branch = tokens.contiguous().flatten(0, 1), _NOTHING
+        rows = tokens.contiguous().flatten(0, 1)
+        branch: Branch | None = None
         for block in self._chain if keep is None else self._chain[:-1]:
             rows, branch = block(rows, branch, shape)
         tokens = rows.view(shape)
-        last = None if branch is _NOTHING else branch._replace(y=branch.y.view(shape))
+        branch = branch and branch._replace(y=branch.y.view(shape))
         if keep is not None:
-            tokens, last = self.blocks[-1](tokens, last, keep)
-        assert last is not None  # there is a block
-        return merge(last.add_to(tokens), grid)
+            tokens, branch = self.blocks[-1](tokens, branch, keep)
+        assert branch is not None  # there is a block
+        return merge(branch.add_to(tokens), grid)
 
     def _straight(self, x: Tensor) -> bool:
         return (
@@ -143,7 +143,9 @@ class _Block(NamedTuple):
             block.gamma_2,
         )
 
-    def __call__(self, x: Tensor, branch: Branch, shape: torch.Size) -> tuple[Tensor, Branch]:
+    def __call__(
+        self, x: Tensor, branch: Branch | None, shape: torch.Size
+    ) -> tuple[Tensor, Branch]:
         """As ``TokenBlock.forward``; ``shape`` is that of tokens in windows."""
         add_norm = _add_norm()
         x, y, *_ = add_norm(x, branch, *self.norm1, False)

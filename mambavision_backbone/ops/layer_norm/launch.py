@@ -25,26 +25,25 @@ PROGRAMS = 1056  # of a backward kernel at most: eight on each multiprocessor of
 
 def forward(
     x: Tensor,
-    branch: tuple[Tensor | None, ...],
+    branch: tuple[Tensor | None, ...] | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The sum (x itself without a y), its norm, and with ``stats`` mean and 1/std of each row.
+    """The sum (without a branch x itself), its norm, with ``stats`` mean and 1/std of each row.
 
-    ``branch`` is what is added to x: y, its bias, gamma and factor. x and y are contiguous tokens
-    (B, L, C), without a factor also rows (R, C).
+    ``branch`` is what is added to x, if anything: y, its bias, gamma and factor. x and y are
+    contiguous tokens (B, L, C), without a factor also rows (R, C).
     """
+    branch = branch or _NOTHING
     y, y_bias, gamma, factor = branch
     channels = x.shape[-1]
     rows = x.numel() // channels
     total = x
     if y is not None:
-        dtype = x.dtype
-        for other in (y, gamma):
-            if other is not None and other.dtype != dtype:
-                dtype = torch.promote_types(dtype, other.dtype)
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
         total = torch.empty_like(x, dtype=dtype)
     normed = torch.empty_like(x, dtype=compute_dtype(total))
     mean = rstd = None
@@ -57,10 +56,7 @@ def forward(
         (ceil_div(rows, ROWS), 1, 1),
         (x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd),
         (rows, x.shape[1], channels, float(eps)),
-        (
-            y is not None, y_bias is not None, gamma is not None, factor is not None,
-            stats, ROWS, block,
-        ),
+        (*(t is not None for t in branch), stats, ROWS, block),
         warps=max(1, block // 512),
     )  # fmt: skip
     return total, normed, mean, rstd
@@ -106,7 +102,7 @@ class NormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Normalise."""
         x = x.contiguous()
-        _, normed, mean, rstd = forward(x, _NOTHING, weight, bias, eps, recorded(ctx))
+        _, normed, mean, rstd = forward(x, None, weight, bias, eps, recorded(ctx))
         ctx.save_for_backward(x, weight, mean, rstd)
         return normed
 

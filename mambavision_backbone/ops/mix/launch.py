@@ -32,10 +32,8 @@ def forward(
     y, z = yz.chunk(2, 2)
     x = torch.empty_like(y, memory_format=torch.contiguous_format)
     conv_silu.forward(xz, conv_x, conv_z, x, z)
-    rank, outputs = len(dt_proj), x_proj.shape[1]
-    odd = rank % 2  # then B and C follow at even addresses, as the scan wants them
-    dt_BC = x.new_empty(x.shape[0] * x.shape[1], odd + outputs)
-    dt_BC = dt_BC[:, odd:] if odd else dt_BC
+    odd = len(dt_proj) % 2  # then B and C follow at even addresses, as the scan wants them
+    dt_BC = x.new_empty(x.shape[0] * x.shape[1], odd + x_proj.shape[1])[:, odd:]
     torch.mm(x.flatten(0, 1), x_proj, out=dt_BC)
     tokens = _tokens(x, dt_BC, dt_proj, A_log.shape[1])
     _, ends = scan(*tokens, _parameters(A_log, D, dt_bias), y)
@@ -46,23 +44,14 @@ class MixFunction(torch.autograd.Function):
     """``mix`` with gradients; keeps xz, dt, B, C at low rank and a few states, not the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        xz: Tensor,
-        conv_x: Tensor,
-        conv_z: Tensor,
-        x_proj: Tensor,
-        dt_proj: Tensor,
-        dt_bias: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Tensor) -> Tensor:
         """Arguments as in ``mix``, the projections by their weights."""
+        xz, conv_x, conv_z, x_proj, dt_proj, *others = args
         dtype = compute_dtype(xz)
-        ctx.dtypes = [t.dtype for t in (xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D)]
+        ctx.dtypes = [t.dtype for t in args]
         xz, x_proj, dt_proj = xz.to(dtype), x_proj.to(dtype), dt_proj.to(dtype)
-        yz, dt_BC, ends = forward(xz, conv_x, conv_z, x_proj.t(), dt_proj.t(), dt_bias, A_log, D)
-        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, dt_BC, ends)
+        yz, dt_BC, ends = forward(xz, conv_x, conv_z, x_proj.t(), dt_proj.t(), *others)
+        ctx.save_for_backward(xz, conv_x, conv_z, x_proj, dt_proj, *others, dt_BC, ends)
         return yz
 
     @staticmethod

@@ -43,8 +43,6 @@ class Parameters(NamedTuple):
 
     def contiguous(self) -> Parameters:
         """The same with contiguous tensors."""
-        if all(x.is_contiguous() for x in self[:3]):
-            return self
         A, D, dt_bias = (x.contiguous() for x in self[:3])
         return self._replace(A=A, D=D, dt_bias=dt_bias)
 
