@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,12 +36,12 @@ class ConvBlock(nn.Module):
         self.gamma = _gamma(dim, layer_scale)
         self.drop_path_rate = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Apply the block; ``factor`` is drop path's."""
         y = self.act1(conv_norm(x, self.conv1, self.norm1))
         y = conv_norm(y, self.conv2, self.norm2)
         gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
-        return add(x, y, gamma, _drop_factor(self, x))
+        return add(x, y, gamma, factor)
 
 
 class Branch(NamedTuple):
@@ -92,13 +93,18 @@ class TokenBlock(nn.Module):
         self.gamma_2 = _gamma(dim, layer_scale)
 
     def forward(
-        self, x: Tensor, branch: Branch | None = None, keep: Crop | None = None
+        self,
+        x: Tensor,
+        branch: Branch | None = None,
+        factors: Sequence[Tensor | None] = (None, None),
+        keep: Crop | None = None,
     ) -> tuple[Tensor, Branch]:
         """Apply the block, up to the last sum: that is fused with the next block's first norm.
 
         Args:
             x: the stream.
             branch: what the block before left to be added to it.
+            factors: drop path's, of both branches.
             keep: return the kept tokens only.
 
         Returns:
@@ -110,18 +116,10 @@ class TokenBlock(nn.Module):
             x, y = branch.add_norm_to(x, self.norm1)
         y, bias = self.mixer(y, keep)
         x = x if keep is None else keep(x)
-        x, y = Branch(y, bias, self.gamma_1, _drop_factor(self, x)).add_norm_to(x, self.norm2)
+        x, y = Branch(y, bias, self.gamma_1, factors[0]).add_norm_to(x, self.norm2)
         y, bias = mlp(y, self.mlp)
-        return x, Branch(y, bias, self.gamma_2, _drop_factor(self, x))
+        return x, Branch(y, bias, self.gamma_2, factors[1])
 
 
 def _gamma(dim: int, init: float | None) -> nn.Parameter | None:
     return None if init is None else nn.Parameter(torch.full((dim,), float(init)))
-
-
-def _drop_factor(block: ConvBlock | TokenBlock, x: Tensor) -> Tensor | None:
-    """Factors of stochastic depth, (B, 1, …): 0 with the block's probability, else 1/(1 - it)."""
-    if not block.training or block.drop_path_rate == 0:
-        return None
-    kept = 1 - block.drop_path_rate
-    return x.new_empty(len(x), *(1,) * (x.dim() - 1)).bernoulli_(kept).div_(kept)

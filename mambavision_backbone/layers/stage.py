@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
 from .blocks import ConvBlock, TokenBlock
+from .drop_path import drop_factors
 from .mixer import MambaVisionMixer
 from .stem import Downsample
 from .windows import merge, partition
@@ -27,6 +28,10 @@ class _Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = Downsample(dim) if downsample else None
         self.with_cp = with_cp
+
+    def _drop_path_rates(self) -> list[float]:
+        """The blocks', in their modes; 0 of those that know no drop path."""
+        return [getattr(b, "drop_path_rate", 0.0) if b.training else 0.0 for b in self.blocks]
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.with_cp and torch.is_grad_enabled():
@@ -52,8 +57,9 @@ class ConvStage(_Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks."""
-        for block in self.blocks:
-            x = self._run(block, x)
+        factors = drop_factors(self._drop_path_rates(), x)
+        for block, factor in zip(self.blocks, factors, strict=True):
+            x = self._run(block, x) if factor is None else self._run(block, x, factor)
         return x
 
 
@@ -108,8 +114,11 @@ class TokenStage(_Stage):
         tokens, grid = partition(x, self.window_size, self.window_mode)
         keep, grid = grid.crop()  # nobody reads what the last block makes of padding
         *others, last = self.blocks
+        depth = len(self.blocks)
+        factors = drop_factors(2 * self._drop_path_rates(), tokens)
+        pairs = list(zip(factors[:depth], factors[depth:], strict=True))  # of a block's branches
         branch = None
-        for block in others:
-            tokens, branch = self._run(block, tokens, branch)
-        tokens, branch = self._run(last, tokens, branch, keep)
+        for block, pair in zip(others, pairs[:-1], strict=True):
+            tokens, branch = self._run(block, tokens, branch, pair)
+        tokens, branch = self._run(last, tokens, branch, pairs[-1], keep)
         return merge(branch.add_to(tokens), grid)

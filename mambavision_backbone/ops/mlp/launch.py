@@ -41,7 +41,8 @@ class MlpFunction(torch.autograd.Function):
         ctx.x_dtype, ctx.dtypes = x.dtype, [weight1.dtype, bias1.dtype, weight2.dtype]
         x, weight1, bias1, weight2 = (t.to(dtype) for t in (x, weight1, bias1, weight2))
         ctx.save_for_backward(x, weight1, bias1, weight2)
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2)
+        h = torch.addmm(bias1, x.flatten(0, 1), weight1.t())
+        return torch.mm(F.gelu(h), weight2.t()).view_as(x)
 
     @staticmethod
     @once_differentiable
