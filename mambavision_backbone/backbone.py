@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_pretrained
+from .compiling import compile_stages
 from .graphs import TrainingGraphs
 from .layers.attention import Attention
 from .layers.blocks import TokenBlock
@@ -48,8 +49,8 @@ class MambaVision(BaseModule):
         out_norm: norm of the returned maps: ``LN`` (over channels), ``BN`` or ``none``.
         scan_backend: ``auto``, ``chunked``, ``triton``, ``mamba_ssm`` or ``reference``; see
             ``ops.selective_scan``.
-        compile: run through ``torch.compile``, as one graph with dynamic height and width. The
-            first runs take minutes, and torch.compile needs a C++ compiler.
+        compile: run through ``torch.compile``, the stem and each stage as one graph with dynamic
+            height and width. The first runs take minutes, and torch.compile needs a C++ compiler.
         graphs: train on a GPU by CUDA graphs, of so many input shapes at most; see
             :class:`~mambavision_backbone.graphs.TrainingGraphs`.
         init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` loads a file strictly.
@@ -125,8 +126,9 @@ class MambaVision(BaseModule):
             self.add_module(f"outnorm{i}", build_out_norm(out_norm, channels[i]))
         self._freeze()
         self._caster = WeightCaster(self, but=_with_late_biases(self))
+        self._compiled = compile
         if compile:
-            self.compile(fullgraph=True, dynamic=True)
+            compile_stages([self.patch_embed, *self.levels])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Features of an image batch.
@@ -154,7 +156,7 @@ class MambaVision(BaseModule):
         """Features, with weights cast all at once where autocast would cast each."""
         recomputes = self.with_cp and torch.is_grad_enabled()
         replica = getattr(self, "_is_replica", False)  # of nn.DataParallel: slots not its own
-        if self._caster.wanted(x) and not (recomputes or replica):
+        if self._caster.wanted(x) and not (recomputes or replica or self._compiled):
             with self._caster.cast(x):
                 return self._features(x)
         return self._features(x)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partialmethod
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from mambavision_backbone import VARIANTS, MambaVision
 from mambavision_backbone.layers.attention import Attention
@@ -283,19 +284,54 @@ def test_twenty_sizes_take_a_handful_of_compilations(
 ) -> None:
     """By the switch; with a backend that only counts, for it is quick. Windows cover the maps."""
     counter = CompileCounter()
-    counted = partialmethod(nn.Module.compile, backend=counter)
-    monkeypatch.setattr(nn.Module, "compile", counted)
+    monkeypatch.setattr("mambavision_backbone.compiling.inductor", counter)
     torch._dynamo.reset()
     arch = {**TINY_ARCH, "depths": (1, 1, 1, 1), "window_size": (8, 8, 14, 7)}
-    model = MambaVision(arch, window_mode=mode, drop_path_rate=0.0, compile=True).train(train)
-    plain = MambaVision(arch, window_mode=mode, drop_path_rate=0.0).train(train)
-    plain.load_state_dict(model.state_dict())
+    compiled, plain = compiled_and_plain(arch, mode, train)
     with torch.set_grad_enabled(train):
         for hw in COCO_SIZES:
             x = torch.randn(2, 3, *hw)
-            for a, b in zip(model(x), plain(x), strict=True):
+            for a, b in zip(compiled(x), plain(x), strict=True):
                 torch.testing.assert_close(a, b)
-    assert 1 <= counter.frame_count <= 5
+    assert 5 <= counter.frame_count <= 10  # the stem and four stages, and a handful
+
+
+def compiled_and_plain(
+    arch: dict[str, Any], mode: str, train: bool
+) -> tuple[MambaVision, MambaVision]:
+    options: dict[str, Any] = {"window_mode": mode, "drop_path_rate": 0.0}
+    compiled = MambaVision(arch, compile=True, **options).train(train)
+    plain = MambaVision(arch, **options).train(train)
+    plain.load_state_dict(compiled.state_dict())
+    return compiled, plain
+
+
+ZERO_GRADIENTS = re.compile(r"blocks\.\d+\.conv\d\.bias")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+def test_trains_compiled(device: str) -> None:
+    """With the compiler itself: same maps and gradients, sizes that vary, windows that do not."""
+    torch._dynamo.reset()
+    counters.clear()
+    arch = {**TINY_ARCH, "depths": (1, 1, 2, 1), "window_size": (8, 8, 112, 56)}
+    models = [model.to(device) for model in compiled_and_plain(arch, "fit", True)]
+    for hw in [(96, 160), (160, 128), (192, 192)]:
+        x = torch.randn(2, 3, *hw, device=device)
+        results = []
+        for model in models:
+            model.zero_grad()
+            maps = model(x)
+            sum(m.square().sum() for m in maps).backward()
+            # The norm takes away what a bias of a convolution adds: gradients of rounding alone.
+            weights = {k: p for k, p in model.named_parameters() if not ZERO_GRADIENTS.search(k)}
+            results.append([*maps, *(p.grad for p in weights.values())])
+        for a, b in zip(*results, strict=True):
+            assert relative_error(a, b) < 1e-2
+    assert counters["stats"]["unique_graphs"] <= 10
 
 
 @pytest.mark.parametrize("skip_first", [False, True], ids=["", "first block skipped"])

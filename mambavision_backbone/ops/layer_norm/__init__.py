@@ -60,10 +60,9 @@ def map_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
         from .launch import MapNormFunction
 
         return call(MapNormFunction, x, layer.weight, layer.bias, layer.eps)
-    y = F.layer_norm(
-        x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight, layer.bias, layer.eps
-    )
-    return y.to(compute_dtype(x)).permute(0, 3, 1, 2).contiguous()
+    pixels = x.flatten(2).transpose(1, 2)
+    y = F.layer_norm(pixels, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+    return y.to(compute_dtype(x)).transpose(1, 2).contiguous().view_as(x)
 
 
 def add(
