@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_pretrained
-from .compiling import compile_stages
+from .compiling import compile_stages, compiled
 from .graphs import TrainingGraphs
 from .layers.attention import Attention
 from .layers.blocks import TokenBlock
@@ -126,7 +126,6 @@ class MambaVision(BaseModule):
             self.add_module(f"outnorm{i}", build_out_norm(out_norm, channels[i]))
         self._freeze()
         self._caster = WeightCaster(self, but=_with_late_biases(self))
-        self._compiled = compile
         if compile:
             compile_stages([self.patch_embed, *self.levels])
 
@@ -156,7 +155,7 @@ class MambaVision(BaseModule):
         """Features, with weights cast all at once where autocast would cast each."""
         recomputes = self.with_cp and torch.is_grad_enabled()
         replica = getattr(self, "_is_replica", False)  # of nn.DataParallel: slots not its own
-        if self._caster.wanted(x) and not (recomputes or replica or self._compiled):
+        if self._caster.wanted(x) and not (recomputes or replica or compiled(self.patch_embed)):
             with self._caster.cast(x):
                 return self._features(x)
         return self._features(x)

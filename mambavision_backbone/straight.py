@@ -60,7 +60,7 @@ class StraightStage(TokenStage):
         tokens = rows.view(shape)
         branch = branch and branch._replace(y=branch.y.view(shape))
         if keep is not None:
-            tokens, branch = self.blocks[-1](tokens, branch, keep=keep)
+            tokens, branch = self.blocks[-1](tokens, branch, keep)
         assert branch is not None  # there is a block
         return merge(branch.add_to(tokens), grid)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from mambavision_backbone import VARIANTS, MambaVision
+from mambavision_backbone.compiling import compiled
 from mambavision_backbone.layers.attention import Attention
 from mambavision_backbone.layers.mixer import MambaVisionMixer
 from tests.conftest import TINY_ARCH, published_keys, read_golden, relative_error
@@ -284,26 +287,53 @@ def test_twenty_sizes_take_a_handful_of_compilations(
 ) -> None:
     """By the switch; with a backend that only counts, for it is quick. Windows cover the maps."""
     counter = CompileCounter()
-    monkeypatch.setattr("mambavision_backbone.compiling.inductor", counter)
-    torch._dynamo.reset()
+    compile_with(counter, monkeypatch)
     arch = {**TINY_ARCH, "depths": (1, 1, 1, 1), "window_size": (8, 8, 14, 7)}
-    compiled, plain = compiled_and_plain(arch, mode, train)
+    quick, plain = compiled_and_plain(arch, mode, train)
     with torch.set_grad_enabled(train):
         for hw in COCO_SIZES:
             x = torch.randn(2, 3, *hw)
-            for a, b in zip(compiled(x), plain(x), strict=True):
+            for a, b in zip(quick(x), plain(x), strict=True):
                 torch.testing.assert_close(a, b)
-    assert 5 <= counter.frame_count <= 10  # the stem and four stages, and a handful
+    # The stem and four stages; with ``pad``, those of maps that need padding or that need none.
+    assert 5 <= counter.frame_count <= (5 if mode == "fit" else 10)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training with drop path, evaluation, of one image and of many windows: never an error."""
+    compile_with("aot_eager", monkeypatch)
+    model = MambaVision({**TINY_ARCH, "depths": (1, 1, 2, 1)}, drop_path_rate=0.5, compile=True)
+    images = [torch.randn(batch, 3, *hw) for batch in (2, 1) for hw in [(64, 96), (200, 300)]]
+    for x in images:
+        maps = [(model.train()(x), model(x)) for _ in range(2)][-1]
+        sum(m.square().mean() for m in maps[0]).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert not torch.allclose(maps[0][3], maps[1][3])  # other branches are skipped
+    with torch.no_grad():
+        for x in images:
+            for a, b in zip(model.eval()(x), copy.deepcopy(model)(x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert compiled(model.patch_embed)
+    assert not compiled(copy.deepcopy(model).patch_embed)
+
+
+def compile_with(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = partialmethod(nn.Module.compile, backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", counted)
+    torch._dynamo.reset()
+    counters.clear()
 
 
 def compiled_and_plain(
     arch: dict[str, Any], mode: str, train: bool
 ) -> tuple[MambaVision, MambaVision]:
     options: dict[str, Any] = {"window_mode": mode, "drop_path_rate": 0.0}
-    compiled = MambaVision(arch, compile=True, **options).train(train)
+    quick = MambaVision(arch, compile=True, **options).train(train)
     plain = MambaVision(arch, **options).train(train)
-    plain.load_state_dict(compiled.state_dict())
-    return compiled, plain
+    plain.load_state_dict(quick.state_dict())
+    return quick, plain
 
 
 ZERO_GRADIENTS = re.compile(r"blocks\.\d+\.conv\d\.bias")
@@ -331,7 +361,9 @@ def test_trains_compiled(device: str) -> None:
             results.append([*maps, *(p.grad for p in weights.values())])
         for a, b in zip(*results, strict=True):
             assert relative_error(a, b) < 1e-2
-    assert counters["stats"]["unique_graphs"] <= 10
+    # Not one for each size; on a CPU a few more, where sizes decide on the way of summing.
+    assert counters["stats"]["unique_graphs"] <= (5 if device == "cuda" else 9)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("skip_first", [False, True], ids=["", "first block skipped"])

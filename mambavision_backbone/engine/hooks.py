@@ -103,7 +103,7 @@ class FastInferenceHook(Hook):
         backbone = _backbone(runner)
         fast = FastBackbone(backbone, getattr(torch, self.dtype))
         backbone.forward = lambda x: fast(x)
-        self.compiled = backbone._compiled_call_impl  # by compile=True: it would not ask forward
+        self.compiled = backbone._compiled_call_impl  # it would not ask forward
         backbone._compiled_call_impl = None
 
     def after_test_epoch(self, runner: Any, metrics: Any = None) -> None:  # noqa: ARG002

@@ -96,16 +96,16 @@ class TokenBlock(nn.Module):
         self,
         x: Tensor,
         branch: Branch | None = None,
-        factors: Sequence[Tensor | None] = (None, None),
         keep: Crop | None = None,
+        factors: Sequence[Tensor | None] = (None, None),
     ) -> tuple[Tensor, Branch]:
         """Apply the block, up to the last sum: that is fused with the next block's first norm.
 
         Args:
             x: the stream.
             branch: what the block before left to be added to it.
-            factors: drop path's, of both branches.
             keep: return the kept tokens only.
+            factors: drop path's, of both branches.
 
         Returns:
             The stream, and what is to be added to it.

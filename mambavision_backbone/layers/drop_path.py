@@ -24,10 +24,13 @@ def drop_factors(rates: Sequence[float], x: Tensor) -> list[Tensor | None]:
     if not drawn:
         return [None] * len(rates)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    draws = torch.rand(len(drawn), len(x), dtype=dtype, device=x.device)
+    batch = len(x)
+    padded = -(-batch // 8) * 8  # rows aligned to 16 bytes, else Triton compiles for either
+    draws = torch.rand(len(drawn), padded, dtype=dtype, device=x.device)
     rows = draws.unbind()
     torch._foreach_sub_(rows, drawn)
     torch._foreach_ceil_(rows)
     torch._foreach_div_(rows, [1 - rate for rate in drawn])
-    factors = iter(draws.to(x.dtype).view(*draws.shape, *(1,) * (x.dim() - 1)).unbind())
+    draws = draws.to(x.dtype)[:, :batch]
+    factors = iter(draws.view(*draws.shape, *(1,) * (x.dim() - 1)).unbind())
     return [next(factors) if rate else None for rate in rates]

@@ -119,6 +119,6 @@ class TokenStage(_Stage):
         pairs = list(zip(factors[:depth], factors[depth:], strict=True))  # of a block's branches
         branch = None
         for block, pair in zip(others, pairs[:-1], strict=True):
-            tokens, branch = self._run(block, tokens, branch, pair)
-        tokens, branch = self._run(last, tokens, branch, pairs[-1], keep)
+            tokens, branch = self._run(block, tokens, branch, None, pair)
+        tokens, branch = self._run(last, tokens, branch, keep, pairs[-1])
         return merge(branch.add_to(tokens), grid)
