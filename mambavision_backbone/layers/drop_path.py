@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.triton_support import ceil_div
+
 
 def drop_factors(rates: Sequence[float], x: Tensor) -> list[Tensor | None]:
     """Factors of residual branches on x, drawn together: few kernels, not some for each branch.
@@ -25,7 +27,7 @@ def drop_factors(rates: Sequence[float], x: Tensor) -> list[Tensor | None]:
         return [None] * len(rates)
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch = len(x)
-    padded = -(-batch // 8) * 8  # rows aligned to 16 bytes, else Triton compiles for either
+    padded = ceil_div(batch, 8) * 8  # rows aligned to 16 bytes, else Triton compiles for either
     draws = torch.rand(len(drawn), padded, dtype=dtype, device=x.device)
     rows = draws.unbind()
     torch._foreach_sub_(rows, drawn)

@@ -60,7 +60,7 @@ def map_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
         from .launch import MapNormFunction
 
         return call(MapNormFunction, x, layer.weight, layer.bias, layer.eps)
-    pixels = x.flatten(2).transpose(1, 2)
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
     y = F.layer_norm(pixels, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
     return y.to(compute_dtype(x)).transpose(1, 2).contiguous().view_as(x)
 
