@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import threading
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from .layers.blocks import ConvBlock
 from .layers.stage import TokenStage
 from .layers.stem import PatchEmbed
 from .ops.bias_act import bias_act
-from .ops.triton_support import traced
+from .ops.triton_support import fusible, traced
 from .straight import StraightStage
 
 logger = logging.getLogger("mambavision_backbone")
@@ -111,7 +112,7 @@ class FastBackbone(nn.Module):
         """Features as ``MambaVision`` gives them, in x's dtype (under autocast in ``dtype``)."""
         out_dtype = self.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            outs = self._run(x.to(self.dtype))
+            outs = self._run(x)
         return tuple(out.to(out_dtype) for out in outs)
 
     def train(self, mode: bool = True) -> FastBackbone:
@@ -126,18 +127,22 @@ class FastBackbone(nn.Module):
         if graph is None:
             full = len(self._graphs) >= self.max_graphs
             if not x.is_cuda or traced() or full or getattr(self, "_is_replica", False):
-                return self.net(x)
+                return self._features(x)
             if key not in self._seen:
                 self._seen.add(key)
-                return self.net(x)
+                return self._features(x)
             graph = self._try_capture(x)
             if graph is None:
-                return self.net(x)
+                return self._features(x)
             self._graphs[key] = graph
         with _ONE_AT_A_TIME:
             graph.x.copy_(x)
             graph.graph.replay()
             return tuple(out.clone() for out in graph.outs)
+
+    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
+        # In the layout that the network wants, by one copy.
+        return self.net(x.to(self.dtype, memory_format=torch.channels_last))
 
     def _try_capture(self, x: Tensor) -> _Graph | None:
         current = torch.cuda.current_stream(x.device)
@@ -152,7 +157,7 @@ class FastBackbone(nn.Module):
 
     def _capture(self, x: Tensor) -> _Graph:
         self._memory = self._memory or GraphMemory(x.device)
-        static = self._memory.image(x, x.dtype)
+        static = self._memory.image(x, self.dtype)
         stream = self._memory.stream
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.device(x.device), torch.cuda.stream(stream):
@@ -198,8 +203,23 @@ class _FoldedConv(nn.Module):
         self.stride, self.padding, self.act = conv.stride, conv.padding, act
 
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
+        if self.act == "relu" and x is None and _cudnn_adds_relu(y):
+            return torch.cudnn_convolution_relu(
+                y, self.weight, self.bias, self.stride, self.padding, (1, 1), 1
+            )
         y = F.conv2d(y, self.weight, None, self.stride, self.padding)
         return bias_act(y, self.bias, self.act, x)
+
+
+def _cudnn_adds_relu(y: Tensor) -> bool:
+    """Whether cuDNN, where it convolves, adds a bias and takes the ReLU: tried from Ampere on."""
+    return fusible(y) and y.dtype != torch.float32 and _has_cudnn(y.get_device())
+
+
+@functools.cache
+def _has_cudnn(device: int) -> bool:
+    cuda = device >= 0 and torch.version.cuda is not None and torch.backends.cudnn.is_available()
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _folded_stem(stem: PatchEmbed) -> nn.Sequential:

@@ -2,13 +2,16 @@
 
 Kernel by kernel, the way from module to module takes Python longer than what it comes to takes the
 host to start and the GPU to run. Here that way has been gone once, and what is left of it is a
-chain of calls on rows of tokens: by the same kernels, hence to the same maps.
+chain of calls on rows of tokens: by the same kernels, hence to the same maps. Blocks work in the
+same buffers, one after the other, so that kernels are launched on the same tensors but for weights:
+how, is settled once for a shape.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +26,13 @@ from .layers.mixer import MambaVisionMixer
 from .layers.stage import TokenStage
 from .layers.windows import merge, partition
 from .ops.selective_scan import choose_backend
-from .ops.triton_support import fusible
+from .ops.triton_support import Launch, fusible
 
 # Of the modules of blocks; adapters and quantised or parametrised layers do something else.
 _USUAL = {nn.ModuleList, TokenBlock, MambaVisionMixer, Attention, Mlp, nn.Linear, nn.LayerNorm}
 _USUAL |= {nn.Conv1d, nn.GELU, nn.Dropout, nn.Identity}
+ALIGNMENT = 16  # bytes: what Triton compiles for
+_MAX_SHAPES = 1000  # of which launches are kept; then they are forgotten
 
 
 class StraightStage(TokenStage):
@@ -52,13 +57,10 @@ class StraightStage(TokenStage):
         if choose_backend(mixer.scan_backend, tokens, mixer.A_log) != "triton":
             return super().forward(x)
         keep, grid = grid.crop()
-        shape = tokens.shape
-        rows = tokens.contiguous().flatten(0, 1)
-        branch: Branch | None = None
+        rows = _Rows(_aligned(tokens.contiguous()), self._launches)
         for block in self._chain if keep is None else self._chain[:-1]:
-            rows, branch = block(rows, branch, shape)
-        tokens = rows.view(shape)
-        branch = branch and branch._replace(y=branch.y.view(shape))
+            block(rows)
+        tokens, branch = rows.tokens()
         if keep is not None:
             tokens, branch = self.blocks[-1](tokens, branch, keep)
         assert branch is not None  # there is a block
@@ -68,8 +70,10 @@ class StraightStage(TokenStage):
         return (
             len(self._chain) > 0
             and fusible(x)
-            and x.dtype != torch.float32
+            and x.dtype == self._chain[0].norm1[0].dtype != torch.float32
             and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and (not x.is_cuda or x.get_device() == torch.cuda.current_device())
             and not (any(self._hooks) or _global_hooks())
             and not getattr(self, "_is_replica", False)  # of nn.DataParallel: weights not its own
         )
@@ -78,7 +82,9 @@ class StraightStage(TokenStage):
         modules = list(self.blocks.modules())
         usual = all(type(m) in _USUAL for m in modules)
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._chain = [_Block.of(block) for block in self.blocks] if usual else []
+        chain = [_Block.of(block) for block in self.blocks] if usual else []
+        self._chain = chain if _alike(chain) else []
+        self._launches: dict[Any, _Launches] = {}
 
     def _apply(self, *args: Any, **kwargs: Any) -> StraightStage:
         """Move or cast; the chain holds views of the weights."""
@@ -88,7 +94,7 @@ class StraightStage(TokenStage):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the chain out of copies."""
-        return {**self.__dict__, "_chain": [], "_hooks": []}
+        return {**self.__dict__, "_chain": [], "_hooks": [], "_launches": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make it anew."""
@@ -106,22 +112,94 @@ def _global_hooks() -> bool:
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def _alike(chain: Sequence[_Block]) -> bool:
+    """Whether kernels can be launched on all blocks' weights as on the first's."""
+    tensors = list(_tensors(chain))
+    mixers = {tuple(t.shape for t in _tensors(b.mixer)) for b in chain if type(b.mixer) is _Mixer}
+    return (
+        len({t.dtype for t in tensors}) < 2
+        and len(mixers) < 2
+        and not any(t.data_ptr() % ALIGNMENT for t in tensors)
+    )
+
+
+def _tensors(parts: Any) -> Iterator[Tensor]:
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, tuple):
+            yield from _tensors(part)
+
+
 @functools.cache
-def _add_norm() -> Callable[..., Any]:
-    from .ops.layer_norm.launch import forward  # Triton is loaded at first use
+def _kernels() -> Any:
+    """Triton is loaded at first use."""
+    from .ops.conv_silu.launch import forward_launch as conv_silu
+    from .ops.layer_norm.launch import forward_launch as norm
+    from .ops.mix.launch import parameters
+    from .ops.selective_scan.triton.launch import ScanLaunch
 
-    return forward
+    return SimpleNamespace(conv_silu=conv_silu, norm=norm, scan=ScanLaunch, parameters=parameters)
 
 
-@functools.cache
-def _mix() -> Callable[..., Any]:
-    from .ops.mix.launch import forward
+class _Launches:
+    """On buffers for tokens of one shape; each is made when it is first wanted."""
 
-    return forward
+    def __init__(self) -> None:
+        self.norms: dict[Any, Launch] = {}
+        self.conv_silu: Launch | None = None
+        self.scan: Any = None
+
+
+class _Rows:
+    """Tokens (B·windows, L, C) as rows, on their way through the blocks.
+
+    ``normed`` is what a branch starts from, ``y`` what it comes to, to be added to the stream once
+    ``late``, a bias and gamma, are.
+    """
+
+    def __init__(self, tokens: Tensor, known: dict[Any, _Launches]) -> None:
+        self.shape = tokens.shape
+        self.stream = tokens.flatten(0, 1)
+        buffers = tokens.new_empty(4, *self.stream.shape).unbind()
+        self.normed, self.y, self._next, self._after = buffers
+        self.late: tuple[Tensor | None, Tensor | None] | None = None
+        self.work: Any = None  # buffers of mixers, then of attention
+        key = (self.shape, tokens.device)
+        if len(known) >= _MAX_SHAPES:
+            known.clear()
+        self.launches = known.setdefault(key, _Launches())
+
+    def norm(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        """Add what the branch came to; ``normed`` is the sum's norm."""
+        late = self.late
+        given = late is not None, *(t is not None for t in late or (None, None)), False
+        launch = self.launches.norms.get((given, eps))
+        if launch is None:
+            rows, channels = self.stream.shape
+            launch = _kernels().norm(rows, 1, channels, eps, given, False)
+            self.launches.norms[given, eps] = launch
+        x, normed = self.stream, self.normed
+        if late is None:
+            launch(x, None, None, None, None, weight, bias, x, normed, None, None)
+            return
+        y, total = self.y, self._next
+        launch(x, y, *late, None, weight, bias, total, normed, None, None)
+        self.stream, self._next, self._after = total, self._after, total
+
+    def tokens(self) -> tuple[Tensor, Branch | None]:
+        """The stream, and what is to be added to it."""
+        if self.late is None:
+            return self.stream.view(self.shape), None
+        return self.stream.view(self.shape), Branch(self.y.view(self.shape), *self.late, None)
 
 
 class _Block(NamedTuple):
-    """What ``TokenBlock`` does to rows (tokens of all windows, C)."""
+    """What ``TokenBlock`` does to rows."""
 
     norm1: tuple[Tensor, Tensor, float]
     mixer: _Mixer | _Attention
@@ -143,34 +221,85 @@ class _Block(NamedTuple):
             block.gamma_2,
         )
 
-    def __call__(
-        self, x: Tensor, branch: Branch | None, shape: torch.Size
-    ) -> tuple[Tensor, Branch]:
-        """As ``TokenBlock.forward``; ``shape`` is that of tokens in windows."""
-        add_norm = _add_norm()
-        x, y, *_ = add_norm(x, branch, *self.norm1, False)
-        y, bias = self.mixer(y, shape)
-        x, y, *_ = add_norm(x, (y, bias, self.gamma_1, None), *self.norm2, False)
-        y, bias = self.mlp(y)
-        return x, Branch(y, bias, self.gamma_2, None)
+    def __call__(self, rows: _Rows) -> None:
+        rows.norm(*self.norm1)
+        rows.late = self.mixer(rows), self.gamma_1
+        rows.norm(*self.norm2)
+        rows.late = self.mlp(rows), self.gamma_2
+
+
+class _MixerWork:
+    """Buffers of mixers."""
+
+    def __init__(self, rows: _Rows, rank: int, dstate: int) -> None:
+        batch, seqlen, channels = rows.shape
+        new, dim = rows.stream.new_empty, channels // 2
+        self.xz, self.yz = new(2, batch * seqlen, channels).unbind()
+        self.x, self.dt = new(2, batch * seqlen, dim).unbind()
+        odd = rank % 2  # as ops.mix
+        self.dt_BC = new(batch * seqlen, odd + rank + 2 * dstate)[:, odd:]
+        self.low = self.dt_BC[:, :rank]
+        self.xz_tokens = self.xz.view(rows.shape)
+        self.y, self.z = self.yz.view(rows.shape).chunk(2, 2)
+        u, dt = (x.view(batch, seqlen, dim) for x in (self.x, self.dt))
+        _, B, C = self.dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
+        self.scanned = u, dt, B, C
 
 
 class _Mixer(NamedTuple):
     in_proj: Tensor
-    core: tuple[Tensor, ...]
+    convs: tuple[Tensor, Tensor]
+    x_proj: Tensor
+    dt_proj: Tensor
+    scan: tuple[Tensor, Tensor, Tensor]  # log(-A), D, bias of dt
     out_proj: Tensor
 
     @classmethod
     def of(cls, layer: MambaVisionMixer) -> _Mixer:
-        core = (
-            layer.conv1d_x.weight, layer.conv1d_z.weight, layer.x_proj.weight.t(),
-            layer.dt_proj.weight.t(), layer.dt_proj.bias, layer.A_log, layer.D,
-        )  # fmt: skip
-        return cls(layer.in_proj.weight.t(), core, layer.out_proj.weight.t())
+        return cls(
+            layer.in_proj.weight.t(),
+            (layer.conv1d_x.weight, layer.conv1d_z.weight),
+            layer.x_proj.weight.t(),
+            layer.dt_proj.weight.t(),
+            (layer.A_log, layer.D, layer.dt_proj.bias),
+            layer.out_proj.weight.t(),
+        )
 
-    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, None]:
-        y, *_ = _mix()(torch.mm(x, self.in_proj).view(shape), *self.core)
-        return torch.mm(y.view(x.shape), self.out_proj), None
+    def __call__(self, rows: _Rows) -> None:
+        work = rows.work
+        if work is None:
+            work = rows.work = _MixerWork(rows, len(self.dt_proj), self.scan[0].shape[1])
+        torch.mm(rows.normed, self.in_proj, out=work.xz)
+        self._conv_silu(rows.launches, work)
+        torch.mm(work.x, self.x_proj, out=work.dt_BC)
+        torch.mm(work.low, self.dt_proj, out=work.dt)
+        self._scan(rows.launches, work)
+        torch.mm(work.yz, self.out_proj, out=rows.y)
+
+    def _conv_silu(self, launches: _Launches, work: _MixerWork) -> None:
+        u = work.scanned[0]
+        if launches.conv_silu is None:
+            strides = work.xz.stride(0), u.stride(1), work.z.stride(1)
+            launches.conv_silu = _kernels().conv_silu(
+                len(work.x), u.shape[1], u.shape[2], strides, 2
+            )
+        launches.conv_silu(work.xz, *self.convs, u, work.z)
+
+    def _scan(self, launches: _Launches, work: _MixerWork) -> None:
+        tensors = *work.scanned, _kernels().parameters(*self.scan), work.y
+        if launches.scan is None:
+            launches.scan = _kernels().scan.of(*tensors)
+        launches.scan(*tensors)
+
+
+class _AttentionWork:
+    """Buffers of attention."""
+
+    def __init__(self, rows: _Rows, heads: tuple[int, int]) -> None:
+        batch, seqlen, channels = rows.shape
+        self.qkv = rows.stream.new_empty(batch * seqlen, 3 * channels)
+        views = self.qkv.view(batch, seqlen, 3, *heads).permute(2, 0, 3, 1, 4)
+        self.q, self.k, self.v = views.unbind()
 
 
 class _Attention(NamedTuple):
@@ -182,13 +311,16 @@ class _Attention(NamedTuple):
     def of(cls, layer: Attention) -> _Attention:
         return cls(_linear(layer.qkv), _linear(layer.proj), (layer.num_heads, layer.head_dim))
 
-    def __call__(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: _Rows) -> Tensor:
+        work = rows.work
+        if not isinstance(work, _AttentionWork):
+            work = rows.work = _AttentionWork(rows, self.heads)
         weight, bias = self.qkv
-        qkv = torch.addmm(bias, x, weight).view(shape[0], shape[1], 3, *self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        torch.addmm(bias, rows.normed, weight, out=work.qkv)
+        y = F.scaled_dot_product_attention(work.q, work.k, work.v)
         weight, bias = self.proj
-        return torch.mm(y, weight), bias
+        torch.mm(y.transpose(1, 2).reshape(rows.y.shape), weight, out=rows.y)
+        return bias
 
 
 class _Mlp(NamedTuple):
@@ -199,11 +331,12 @@ class _Mlp(NamedTuple):
     def of(cls, layer: Any) -> _Mlp:
         return cls(_linear(layer.fc1), _linear(layer.fc2))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: _Rows) -> Tensor:
         weight, bias = self.fc1
-        x = torch._addmm_activation(bias, x, weight, use_gelu=True)  # as ops.mlp
+        x = torch._addmm_activation(bias, rows.normed, weight, use_gelu=True)  # as ops.mlp
         weight, bias = self.fc2
-        return torch.mm(x, weight), bias
+        torch.mm(x, weight, out=rows.y)
+        return bias
 
 
 def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambavision_backbone import MambaVision
+from mambavision_backbone import MambaVision, inference
 from mambavision_backbone.inference import FastBackbone, accelerate
 from tests.conftest import relative_error
 
@@ -120,3 +120,28 @@ def test_two_threads(model: MambaVision) -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert all(threads.map(same, [0, 1] * 200))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hw", [(64, 96), (33, 47), (1, 1)], ids=str)
+def test_stem_is_one_kernel_a_convolution(
+    hw: tuple[int, int], dtype: torch.dtype, model: MambaVision
+) -> None:
+    """Bias and ReLU by cuDNN: not less exact than kernels of their own."""
+    stem = FastBackbone(model.cuda(), dtype).net.patch_embed
+    x = torch.randn(2, 3, *hw, device="cuda").to(dtype, memory_format=torch.channels_last)
+    exact = copy.deepcopy(stem).double()(x.double())
+    called = []
+    fused = torch.cudnn_convolution_relu
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "cudnn_convolution_relu", lambda *args: called.append(1) or fused(*args)
+        )
+        y = stem(x)
+        patch.setattr(inference, "_cudnn_adds_relu", lambda _: False)
+        apart = stem(x)
+    assert len(called) == 2
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.dtype == dtype
+    assert relative_error(y, exact) <= 1.05 * relative_error(apart, exact) + 1e-4

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mambavision_backbone import MambaVision, straight
 from mambavision_backbone.inference import FastBackbone
+from mambavision_backbone.layers.mixer import D_STATE
 from mambavision_backbone.layers.stage import TokenStage
 from mambavision_backbone.ops.triton_support import traced
 from tests.ops.test_fused_network import set_fused
@@ -73,6 +74,34 @@ def test_same_maps(fast: FastBackbone, hw: tuple[int, int], modules_called: list
     assert all(m.isfinite().all() for m in maps)
     assert same(maps, through_modules(fast, x))
     assert len(modules_called) == 2
+
+
+def test_shapes_in_turn(
+    fast: FastBackbone, modules_called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches are kept for each, up to a number, and are for that shape."""
+    monkeypatch.setattr(straight, "_MAX_SHAPES", 2)
+    inputs = [
+        torch.randn(n, 3, 64, width, device=DEVICE) for n, width in ((1, 64), (2, 96), (1, 40))
+    ]
+    for x in [*inputs, *inputs[1:]]:
+        maps = fast(x)
+        modules_called.clear()
+        assert same(maps, through_modules(fast, x))
+        assert len(modules_called) == 2
+        assert 1 <= len(fast.net.levels[2]._launches) <= 2
+
+
+def test_input_at_an_odd_address(fast: FastBackbone, modules_called: list[Any]) -> None:
+    stage = fast.net.levels[2]
+    memory = torch.randn(1 + 64 * 8 * 8, device=DEVICE).to(DTYPE)
+    x = memory[1:].view(1, 8, 8, 64).permute(0, 3, 1, 2)
+    before = x.clone()
+    with torch.no_grad():
+        y = stage(x)
+        assert not modules_called
+        assert torch.equal(x, before)
+        assert torch.equal(y, TokenStage.forward(stage, x))
 
 
 def test_copies_moves_and_changed_weights(fast: FastBackbone, modules_called: list[Any]) -> None:
@@ -167,10 +196,34 @@ def subclass(model: MambaVision) -> None:
     model.levels[2].__class__ = Subclass
 
 
-@pytest.mark.parametrize("change", [adapt, normalise_weights, subclass], ids=lambda f: f.__name__)
+def lower_rank(model: MambaVision) -> None:
+    """Of one mixer: buffers and launches are for all of them."""
+    stage = model.levels[2]
+    stage.blocks = nn.ModuleList([stage.blocks[0], copy.deepcopy(stage.blocks[0])])
+    mixer = stage.blocks[1].mixer
+    rank = mixer.dt_proj.in_features - 1
+    mixer.dt_proj = nn.Linear(rank, mixer.dim_inner, device=DEVICE)
+    mixer.x_proj = nn.Linear(mixer.dim_inner, rank + 2 * D_STATE, False, DEVICE)
+
+
+CHANGES = [adapt, normalise_weights, subclass, lower_rank]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_other_layers(change: Any, model: MambaVision, modules_called: list[Any]) -> None:
     change(model)
     fast = FastBackbone(model, DTYPE, graphs=0)
+    fast(torch.randn(1, 3, 64, 64, device=DEVICE))
+    assert modules_called == [fast.net.levels[2]]
+
+
+def test_weights_at_an_odd_address(fast: FastBackbone, modules_called: list[Any]) -> None:
+    """Kernels that were compiled for others do not take them."""
+    state = fast.state_dict()
+    name = "net.levels.2.blocks.0.norm1.weight"
+    memory = torch.zeros(1 + state[name].numel(), device=DEVICE, dtype=DTYPE)
+    state[name] = memory[1:].copy_(state[name])
+    fast.load_state_dict(state, assign=True)
     fast(torch.randn(1, 3, 64, 64, device=DEVICE))
     assert modules_called == [fast.net.levels[2]]
 
@@ -182,7 +235,7 @@ def test_hooks_of_stages_are_kept(model: MambaVision) -> None:
     assert seen == [2]
 
 
-@pytest.mark.parametrize("other", ["float32", "backend", "gradients", "replica"])
+@pytest.mark.parametrize("other", ["float32", "backend", "gradients", "replica", "autocast"])
 def test_where_the_chain_is_not_meant_for(
     other: str, model: MambaVision, modules_called: list[Any]
 ) -> None:
@@ -191,7 +244,8 @@ def test_where_the_chain_is_not_meant_for(
     stage = fast.net.levels[2]
     stage._is_replica = other == "replica"
     x = torch.randn(1, 64, 8, 8, device=DEVICE, dtype=fast.dtype)
-    with torch.set_grad_enabled(other == "gradients"):
+    autocast = torch.autocast(DEVICE, DTYPE, enabled=other == "autocast")
+    with torch.set_grad_enabled(other == "gradients"), autocast:
         stage(x)
     assert modules_called == [stage]
 

@@ -129,7 +129,7 @@ def launch(
     numbers: tuple[int | float, ...],
     constants: tuple[Any, ...],
     warps: int,
-) -> None:
+) -> Any:
     """Start a kernel on the GPU of its first tensor.
 
     ``kernel[grid](...)`` finds the compiled kernel anew at every call, which takes longer than most
@@ -143,6 +143,9 @@ def launch(
         numbers: the next ones.
         constants: its ``tl.constexpr`` arguments, in order; they come last.
         warps: of a program.
+
+    Returns:
+        What started the kernel, for ``Launch``; None if Triton did.
     """
     device = tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != torch.cuda.current_device():
@@ -174,7 +177,42 @@ def launch(
         _by_arguments[key] = start
     run, more = start
     run(*grid, _raw_stream(device), *more, *addresses, *numbers, *constants)
-    return None
+    return start
+
+
+class Launch:
+    """``launch`` but for the tensors: called with them, and quicker from the third time on.
+
+    They must then be as the first ones were: on the current device, of the same dtypes, as well
+    aligned, and None where those were. All that is looked at is where they lie.
+
+    Args:
+        kernel, grid, numbers, constants, warps: see :func:`launch`.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[int | float, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+    ) -> None:
+        self.kernel, self.grid, self.warps = kernel, grid, warps
+        self.numbers, self.constants = numbers, constants
+        self._start: Any = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Start the kernel."""
+        if self._start is None:
+            self._start = launch(
+                self.kernel, self.grid, tensors, self.numbers, self.constants, self.warps
+            )
+            return
+        run, more = self._start
+        stream = _raw_stream(tensors[0].get_device())  # type: ignore[union-attr]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        run(*self.grid, stream, *more, *addresses, *self.numbers, *self.constants)
 
 
 # What ``compiled[grid](...)`` comes to: a function, and what it takes between a stream and a

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 from mambavision_backbone.ops import triton_common, triton_support
-from mambavision_backbone.ops.triton_support import launch
+from mambavision_backbone.ops.triton_support import Launch, launch
 
 
 class Kernel:
@@ -143,6 +143,23 @@ def test_arguments_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch)
     assert kernel.starts == [LOOKED, *[COMPILED] * 5]
     doubled = torch.tensor([6, 4, 3, 2]).repeat_interleave(16)  # the first start doubled all
     assert torch.equal(x, 2.0**doubled)
+
+
+@pytest.mark.parametrize("starter", ["_by_call", None])
+def test_launches_that_are_settled(starter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look nothing up from the third time on, and follow their tensors."""
+    triton_support._starter[:] = [starter and getattr(triton_support, starter)]
+    kernel = Kernel(works, _Launcher)
+    double = Launch(kernel, (1, 1, 1), (32,), (8,), warps=2)
+    tensors = [torch.ones(32) for _ in range(4)]
+    double(tensors[0])
+    double(tensors[1])
+    if starter:
+        monkeypatch.delattr(triton_support, "launch")
+    double(tensors[2])
+    double(tensors[3])
+    assert kernel.starts == ([LOOKED, *[COMPILED] * 3] if starter else [LOOKED] * 4)
+    assert all(x.eq(2).all() for x in tensors)
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:

@@ -8,11 +8,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..triton_support import ceil_div, launch, rows_of
+from ..triton_support import Launch, ceil_div, launch, rows_of
 from . import kernels
 
 BLOCK_ROWS, BLOCK_D, WARPS = 32, 32, 4
 TILES = 4  # of rows for a program of the backward kernel
+
+
+def forward_launch(
+    rows: int, seqlen: int, dim: int, strides: tuple[int, int, int], branches: int
+) -> Launch:
+    """``kernels.forward``; strides of the rows of xz, x and z."""
+    return Launch(
+        kernels.forward,
+        (ceil_div(rows, BLOCK_ROWS), branches * ceil_div(dim, BLOCK_D), 1),
+        (*strides, rows, seqlen, dim),
+        (branches, BLOCK_ROWS, BLOCK_D),
+        WARPS,
+    )
 
 
 def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor | None) -> None:
@@ -24,15 +37,9 @@ def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor
     z = x if z is None else z
     seqlen, dim = x.shape[1:]
     xz, s_xz = rows_of(xz)
-    rows = len(xz)
-    launch(
-        kernels.forward,
-        (ceil_div(rows, BLOCK_ROWS), branches * ceil_div(dim, BLOCK_D), 1),
-        (xz, weight_x.contiguous(), weight_z.contiguous(), x, z),
-        (s_xz, x.stride(1), z.stride(1), rows, seqlen, dim),
-        (branches, BLOCK_ROWS, BLOCK_D),
-        WARPS,
-    )  # fmt: skip
+    strides = s_xz, x.stride(1), z.stride(1)
+    start = forward_launch(xz.shape[0], seqlen, dim, strides, branches)
+    start(xz, weight_x.contiguous(), weight_z.contiguous(), x, z)
 
 
 def backward(

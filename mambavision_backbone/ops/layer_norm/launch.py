@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..triton_support import (
+    Launch,
     ceil_div,
     compute_dtype,
     launch,
@@ -21,6 +22,20 @@ from . import kernels
 ROWS = 2  # of a tile
 _NOTHING = (None, None, None, None)  # to be added
 PROGRAMS = 1056  # of a backward kernel at most: eight on each multiprocessor of a large GPU
+
+
+def forward_launch(
+    rows: int, seqlen: int, channels: int, eps: float, given: tuple[bool, ...], stats: bool
+) -> Launch:
+    """``kernels.forward``; ``given`` says which of y, its bias, gamma and factor there are."""
+    block = power_of_2(channels)
+    return Launch(
+        kernels.forward,
+        (ceil_div(rows, ROWS), 1, 1),
+        (rows, seqlen, channels, float(eps)),
+        (*given, stats, ROWS, block),
+        warps=max(1, block // 512),
+    )
 
 
 def forward(
@@ -50,15 +65,9 @@ def forward(
     if stats:
         padded = ceil_div(rows, 4) * 4  # both aligned, else Triton compiles for either
         mean, rstd = torch.empty(2, padded, dtype=torch.float32, device=x.device).unbind()
-    block = power_of_2(channels)
-    launch(
-        kernels.forward,
-        (ceil_div(rows, ROWS), 1, 1),
-        (x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd),
-        (rows, x.shape[1], channels, float(eps)),
-        (*(t is not None for t in branch), stats, ROWS, block),
-        warps=max(1, block // 512),
-    )  # fmt: skip
+    given = tuple(t is not None for t in branch)
+    start = forward_launch(rows, x.shape[1], channels, eps, given, stats)
+    start(x, y, y_bias, gamma, factor, weight, bias, total, normed, mean, rstd)
     return total, normed, mean, rstd
 
 

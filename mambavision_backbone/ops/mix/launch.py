@@ -36,7 +36,7 @@ def forward(
     dt_BC = x.new_empty(x.shape[0] * x.shape[1], odd + x_proj.shape[1])[:, odd:]
     torch.mm(x.flatten(0, 1), x_proj, out=dt_BC)
     tokens = _tokens(x, dt_BC, dt_proj, A_log.shape[1])
-    _, ends = scan(*tokens, _parameters(A_log, D, dt_bias), y)
+    _, ends = scan(*tokens, parameters(A_log, D, dt_bias), y)
     return yz, dt_BC, ends
 
 
@@ -73,7 +73,7 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
     tokens = _tokens(x, dt_BC, dt_proj.t(), dstate)
     ddt_BC = torch.empty_like(dt_BC)
     _, dB, dC = ddt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
-    grads = scan_backward(dy, *tokens, _parameters(A_log, D, dt_bias), ends, (dB, dC))
+    grads = scan_backward(dy, *tokens, parameters(A_log, D, dt_bias), ends, (dB, dC))
 
     ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
     torch.mm(ddt, dt_proj, out=ddt_BC[:, :rank])
@@ -97,6 +97,6 @@ def _tokens(
     return x, dt, B, C
 
 
-def _parameters(A_log: Tensor, D: Tensor, dt_bias: Tensor) -> Parameters:
-    """The scan's; the bias is dt's projection's and once more the scan's."""
+def parameters(A_log: Tensor, D: Tensor, dt_bias: Tensor) -> Parameters:
+    """Those of the mixer's scan; the bias is dt's projection's and once more the scan's."""
     return Parameters(A_log, D, dt_bias, log_A=True, biases=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_support import ceil_div, launch, power_of_2
+from ...triton_support import Launch, ceil_div, launch, power_of_2
 from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
@@ -120,36 +120,84 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _ends(
-    sizes: _Sizes, v: Tensor, dt: Tensor, w: Tensor, parameters: Parameters, back: bool
-) -> Tensor:
-    """What chunks do to states before them, with ``back`` to gradients behind them.
+class _EndsLaunch(NamedTuple):
+    """The launches that find what chunks do to states before them, or to gradients behind them."""
 
-    As the kernels take it: (2, batch, chunks, dstate, dim), decays and ends.
-    """
-    shape = 2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim
-    decay, end = ends = torch.empty(shape, dtype=torch.float32, device=v.device)
-    launch(
-        kernels.chunk_ends,
-        (sizes.blocks_d, sizes.chunks - 1, sizes.batch),
-        (v, dt, parameters.A, w, parameters.dt_bias, end, decay),
-        (
-            v.stride(0), dt.stride(0), w.stride(0), v.stride(1), dt.stride(1), w.stride(1),
-            *sizes.lengths, sizes.chunks,
-        ),
-        (*parameters.options, back, *sizes.block, TILE),
-        WARPS,
-    )  # fmt: skip
-    if sizes.carried:
-        launch(
-            kernels.carry,
-            (sizes.blocks_d, sizes.dstate, sizes.batch),
-            (decay, end),
-            (sizes.chunks, sizes.dim, sizes.dstate),
-            (back, BLOCK_D, power_of_2(sizes.chunks)),
-            CARRY_WARPS,
-        )
-    return ends
+    chunk_ends: Launch
+    carry: Launch | None
+    shape: tuple[int, ...]  # of what they find: decays and ends, each (batch, chunks, dstate, dim)
+
+    @classmethod
+    def of(
+        cls, sizes: _Sizes, v: Tensor, dt: Tensor, w: Tensor, parameters: Parameters, back: bool
+    ) -> _EndsLaunch:
+        """For tensors laid out like these; with ``back`` for gradients."""
+        chunk_ends = Launch(
+            kernels.chunk_ends,
+            (sizes.blocks_d, sizes.chunks - 1, sizes.batch),
+            (
+                v.stride(0), dt.stride(0), w.stride(0), v.stride(1), dt.stride(1), w.stride(1),
+                *sizes.lengths, sizes.chunks,
+            ),
+            (*parameters.options, back, *sizes.block, TILE),
+            WARPS,
+        )  # fmt: skip
+        carry = None
+        if sizes.carried:
+            carry = Launch(
+                kernels.carry,
+                (sizes.blocks_d, sizes.dstate, sizes.batch),
+                (sizes.chunks, sizes.dim, sizes.dstate),
+                (back, BLOCK_D, power_of_2(sizes.chunks)),
+                CARRY_WARPS,
+            )
+        return cls(chunk_ends, carry, (2, sizes.batch, sizes.chunks, sizes.dstate, sizes.dim))
+
+    def __call__(self, v: Tensor, dt: Tensor, w: Tensor, parameters: Parameters) -> Tensor:
+        ends = torch.empty(self.shape, dtype=torch.float32, device=v.device)
+        decay, end = ends.unbind()
+        self.chunk_ends(v, dt, parameters.A, w, parameters.dt_bias, end, decay)
+        if self.carry:
+            self.carry(decay, end)
+        return ends
+
+
+class ScanLaunch(NamedTuple):
+    """The launches of a scan."""
+
+    ends: _EndsLaunch | None
+    forward: Launch
+
+    @classmethod
+    def of(
+        cls, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters, y: Tensor
+    ) -> ScanLaunch:
+        """For tensors laid out like these, as ``_rows`` gives them, and contiguous parameters."""
+        sizes = _sizes(u, parameters.A)
+        forward = Launch(
+            kernels.forward,
+            sizes.grid,
+            (
+                u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
+                u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
+                *sizes.lengths,
+            ),
+            (*parameters.options, sizes.carried, *sizes.block, TILE),
+            WARPS,
+        )  # fmt: skip
+        if sizes.chunks == 1:
+            return cls(None, forward)
+        return cls(_EndsLaunch.of(sizes, u, dt, B, parameters, False), forward)
+
+    def __call__(
+        self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, parameters: Parameters, y: Tensor
+    ) -> Tensor | None:
+        """Scan into y; return decays and states between chunks, None for one chunk."""
+        ends = self.ends(u, dt, B, parameters) if self.ends else None
+        A, D, dt_bias = parameters[:3]
+        decay, h = (A, A) if ends is None else ends.unbind()  # stand-ins
+        self.forward(u, dt, A, B, C, D, dt_bias, decay, h, y)
+        return ends
 
 
 def scan(
@@ -157,28 +205,13 @@ def scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Scan; into y (batch, seqlen, dim) where it is given, whose channels are contiguous.
 
-    Returns y and the decays and states of ``_ends``, for ``scan_backward``; None for one chunk.
+    Returns y and what ``scan_backward`` wants of it, see :class:`ScanLaunch`.
     """
     if y is None:
         y = _like(u)
     u, dt, B, C = (_rows(x) for x in (u, dt, B, C))
-    parameters = parameters.contiguous()
-    sizes = _sizes(u, parameters.A)
-    ends = _ends(sizes, u, dt, B, parameters, False) if sizes.chunks > 1 else None
-    decay, h = (parameters.A, parameters.A) if ends is None else ends  # stand-ins
-    launch(
-        kernels.forward,
-        sizes.grid,
-        (u, dt, parameters.A, B, C, parameters.D, parameters.dt_bias, decay, h, y),
-        (
-            u.stride(0), dt.stride(0), B.stride(0), C.stride(0), y.stride(0),
-            u.stride(1), dt.stride(1), B.stride(1), C.stride(1), y.stride(1),
-            *sizes.lengths,
-        ),
-        (*parameters.options, sizes.carried, *sizes.block, TILE),
-        WARPS,
-    )  # fmt: skip
-    return y, ends
+    tensors = u, dt, B, C, parameters.contiguous(), y
+    return y, ScanLaunch.of(*tensors)(*tensors)
 
 
 class Gradients(NamedTuple):
@@ -223,8 +256,10 @@ def scan_backward(
     h_tile = scratch(batch * chunks * (tokens // TILE_BACK), dstate, dim)
     decay = h = r_decay = r = parameters.A  # stand-ins
     if chunks > 1:
-        decay, h = _ends(sizes, u, dt, B, parameters, False) if ends is None else ends
-        r_decay, r = _ends(sizes, dy, dt, C, parameters, True)
+        if ends is None:
+            ends = _EndsLaunch.of(sizes, u, dt, B, parameters, False)(u, dt, B, parameters)
+        decay, h = ends
+        r_decay, r = _EndsLaunch.of(sizes, dy, dt, C, parameters, True)(dy, dt, C, parameters)
     launch(
         kernels.backward,
         sizes.grid,
