@@ -12,7 +12,8 @@ Varying shapes: twenty padded sizes of COCO images, two a batch, in turn; infere
 each network is used where shapes vary: kernel by kernel (``eager``), MambaVision also by its
 ``graphs``. The first two rounds are reported apart from the later ones: in the first one kernels
 are compiled and algorithms chosen, in the second graphs are captured; memory is the most that
-PyTorch allocates and what graphs keep for themselves.
+PyTorch allocates in them and what graphs keep for themselves. The later rounds of all networks take
+turns, as the host's speed, which kernel by kernel is what counts, may change from second to second.
 
 Recipe: training passes over the shapes that the recipes' multi-scale augmentation makes of batches
 of two images of COCO's commonest sizes, some four hundred: MambaVision by graphs of all shapes that
@@ -139,33 +140,57 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def varying(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Times of a pass over shapes in turn."""
+    inputs = [images(2, *hw) for hw in COCO]
     rows = []
-    for name in VARYING:
-        for pass_ in PASSES:
-            for graphs in (0, len(COCO)) if name.startswith("T ") else (0,):
-                mode = "graphs" if graphs else "eager"
-                show(f"{name}, {pass_}, {mode}, shapes in turn")
-                model = build(name, pass_)
-                torch.cuda.reset_peak_memory_stats()
-                with torch.set_grad_enabled(pass_ == "training"):
-                    first, later = rounds(model, pass_, graphs, args)
-                rows.append(
-                    {
-                        "network": name,
-                        "pass": pass_,
-                        "mode": mode,
-                        "commit": facts["commit"],
-                        "first_rounds_s": first,
-                        "median_s": statistics.median(later),
-                        "min_s": min(later),
-                        "max_s": max(later),
-                        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
-                        "graphs_mib": graph_bytes() / 2**20,
-                    }
-                )
-                del model
-                free()
+    for pass_ in PASSES:
+        with torch.set_grad_enabled(pass_ == "training"):
+            rows += in_turn(pass_, inputs, args, facts)
     return rows
+
+
+def in_turn(
+    pass_: str, inputs: list[torch.Tensor], args: argparse.Namespace, facts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A round of each network, then the next of each: hosts are not as fast all the time."""
+    dtype = getattr(torch, args.dtype)
+    modes = [(name, 0) for name in VARYING] + [(VARYING[0], len(COCO))]
+    rows, runs = [], []
+    for name, graphs in modes:
+        mode = "graphs" if graphs else "eager"
+        show(f"{name}, {pass_}, {mode}, shapes in turn")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run = stepper(build(name, pass_), pass_, graphs, dtype)
+        row = {"network": name, "pass": pass_, "mode": mode, "commit": facts["commit"]}
+        row["first_rounds_s"] = a_round(run, inputs) + a_round(run, inputs)
+        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        row["graphs_mib"] = graph_bytes() / 2**20
+        rows.append(row)
+        runs.append(run)
+    times: list[list[float]] = [[] for _ in runs]
+    for i in range(args.rounds):
+        show(f"{pass_}, round {i + 1} of {args.rounds}")
+        for run, seconds in zip(runs, times, strict=True):
+            seconds.append(a_round(run, inputs) / len(inputs))
+    for row, seconds in zip(rows, times, strict=True):
+        row |= {
+            "median_s": statistics.median(seconds),
+            "min_s": min(seconds),
+            "max_s": max(seconds),
+        }
+    del run, runs
+    free()
+    return rows
+
+
+def a_round(run: Any, inputs: list[torch.Tensor]) -> float:
+    """Seconds of a pass over each input."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for x in inputs:
+        run(x)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def recipe_shapes(count: int) -> list[tuple[int, int]]:
@@ -242,24 +267,6 @@ def recipe(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[d
     return rows
 
 
-def rounds(
-    model: nn.Module, pass_: str, graphs: int, args: argparse.Namespace
-) -> tuple[float, list[float]]:
-    """Seconds of all passes of the first two rounds, and of a pass in each later round."""
-    dtype = getattr(torch, args.dtype)
-    run = stepper(model, pass_, graphs, dtype)
-    inputs = [images(2, *hw) for hw in COCO]
-    seconds = []
-    for _ in range(2 + args.rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for x in inputs:
-            run(x)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return sum(seconds[:2]), [s / len(COCO) for s in seconds[2:]]
-
-
 def stepper(model: nn.Module, pass_: str, graphs: int, dtype: torch.dtype) -> Any:
     """A pass over given images."""
     if pass_ == "inference":
@@ -303,7 +310,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--runs", type=int, default=10, help="counted runs of a size")
     parser.add_argument("--warmup", type=int, default=3, help="runs before them")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of varying shapes")
+    parser.add_argument("--rounds", type=int, default=9, help="counted rounds of varying shapes")
     parser.add_argument("--passes", type=int, default=3000, help="over the recipe's shapes")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")

@@ -54,7 +54,8 @@ class StraightStage(TokenStage):
             return super().forward(x)
         tokens, grid = partition(x, self.window_size, self.window_mode)
         mixer: Any = self.blocks[0].mixer
-        if choose_backend(mixer.scan_backend, tokens, mixer.A_log) != "triton":
+        backend = choose_backend(mixer.scan_backend, tokens, mixer.A_log)
+        if backend != "triton" or not _kernels().takes(tokens):
             return super().forward(x)
         keep, grid = grid.crop()
         rows = _Rows(_aligned(tokens.contiguous()), self._launches)
@@ -81,6 +82,7 @@ class StraightStage(TokenStage):
     def _set_chain(self) -> None:
         modules = list(self.blocks.modules())
         usual = all(type(m) in _USUAL for m in modules)
+        usual = usual and all(p.is_contiguous() for p in self.blocks.parameters())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         chain = [_Block.of(block) for block in self.blocks] if usual else []
         self._chain = chain if _alike(chain) else []
@@ -141,9 +143,11 @@ def _kernels() -> Any:
     from .ops.conv_silu.launch import forward_launch as conv_silu
     from .ops.layer_norm.launch import forward_launch as norm
     from .ops.mix.launch import parameters
-    from .ops.selective_scan.triton.launch import ScanLaunch
+    from .ops.selective_scan.triton.launch import ScanLaunch, takes
 
-    return SimpleNamespace(conv_silu=conv_silu, norm=norm, scan=ScanLaunch, parameters=parameters)
+    return SimpleNamespace(
+        conv_silu=conv_silu, norm=norm, parameters=parameters, scan=ScanLaunch, takes=takes
+    )
 
 
 class _Launches:
@@ -170,7 +174,7 @@ class _Rows:
         self.late: tuple[Tensor | None, Tensor | None] | None = None
         self.work: Any = None  # buffers of mixers, then of attention
         key = (self.shape, tokens.device)
-        if len(known) >= _MAX_SHAPES:
+        if key not in known and len(known) >= _MAX_SHAPES:
             known.clear()
         self.launches = known.setdefault(key, _Launches())
 

@@ -217,15 +217,30 @@ def test_other_layers(change: Any, model: MambaVision, modules_called: list[Any]
     assert modules_called == [fast.net.levels[2]]
 
 
-def test_weights_at_an_odd_address(fast: FastBackbone, modules_called: list[Any]) -> None:
+def test_weights_that_lie_otherwise(fast: FastBackbone, modules_called: list[Any]) -> None:
     """Kernels that were compiled for others do not take them."""
     state = fast.state_dict()
     name = "net.levels.2.blocks.0.norm1.weight"
     memory = torch.zeros(1 + state[name].numel(), device=DEVICE, dtype=DTYPE)
     state[name] = memory[1:].copy_(state[name])
+    name = "net.levels.3.blocks.0.mixer.A_log"  # nor in another order
+    state[name] = state[name].t().contiguous().t()
     fast.load_state_dict(state, assign=True)
     fast(torch.randn(1, 3, 64, 64, device=DEVICE))
-    assert modules_called == [fast.net.levels[2]]
+    assert modules_called == [*fast.net.levels[2:]]
+
+
+def test_channels_that_the_scan_does_not_take_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, modules_called: list[Any]
+) -> None:
+    """Three for each half, and they are read in pairs."""
+    monkeypatch.setattr(straight, "fusible", lambda _: True)
+    stage = TokenStage(6, [0.0, 0.0], 2, 4, "fit", 4, None, "triton", False, False)
+    fast = straight.StraightStage(stage.to(DEVICE, DTYPE).eval())
+    x = torch.randn(2, 6, 4, 4, device=DEVICE, dtype=DTYPE)
+    with torch.no_grad():
+        assert fast(x).isfinite().all()
+    assert modules_called == [fast]
 
 
 def test_hooks_of_stages_are_kept(model: MambaVision) -> None:

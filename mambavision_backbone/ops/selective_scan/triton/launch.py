@@ -98,6 +98,13 @@ def _sizes(u: Tensor, A: Tensor) -> _Sizes:
     return _Sizes(batch, seqlen, dim, A.shape[1], tokens, chunks, blocks_d)
 
 
+def takes(tokens: Tensor) -> bool:
+    """Whether halves of contiguous tokens (batch, seqlen, 2 dim) are what ``_rows`` returns."""
+    _, seqlen, channels = tokens.shape
+    pairs = tokens.element_size() == 2 and channels % 4 == 0
+    return (pairs or tokens.dtype == torch.float32) and seqlen * channels < 2**31
+
+
 def _rows(x: Tensor) -> Tensor:
     """The tensor with contiguous channels; other strides are the kernels' to follow.
 
