@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import threading
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from .layers.blocks import ConvBlock
 from .layers.stage import TokenStage
 from .layers.stem import PatchEmbed
 from .ops.bias_act import bias_act
-from .ops.triton_support import fusible, traced
+from .ops.triton_support import traced
 from .straight import StraightStage
 
 logger = logging.getLogger("mambavision_backbone")
@@ -109,8 +108,12 @@ class FastBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features as ``MambaVision`` gives them, in x's dtype (under autocast in ``dtype``)."""
-        out_dtype = self.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        """Features as ``MambaVision`` gives them, in x's dtype.
+
+        Under autocast, and of images of integers, in ``dtype``.
+        """
+        autocast = torch.is_autocast_enabled(x.device.type)
+        out_dtype = self.dtype if autocast or not x.is_floating_point() else x.dtype
         with torch.autocast(x.device.type, enabled=False):
             outs = self._run(x)
         return tuple(out.to(out_dtype) for out in outs)
@@ -122,11 +125,13 @@ class FastBackbone(nn.Module):
         return super().train(mode)
 
     def _run(self, x: Tensor) -> tuple[Tensor, ...]:
+        replica = getattr(self, "_is_replica", False)
+        if not x.is_cuda or traced() or replica or x.dim() != 4:
+            return self._features(x)
         key = tuple(x.shape)
         graph = self._graphs.get(key)
         if graph is None:
-            full = len(self._graphs) >= self.max_graphs
-            if not x.is_cuda or traced() or full or getattr(self, "_is_replica", False):
+            if len(self._graphs) >= self.max_graphs:
                 return self._features(x)
             if key not in self._seen:
                 self._seen.add(key)
@@ -141,8 +146,9 @@ class FastBackbone(nn.Module):
             return tuple(out.clone() for out in graph.outs)
 
     def _features(self, x: Tensor) -> tuple[Tensor, ...]:
-        # In the layout that the network wants, by one copy.
-        return self.net(x.to(self.dtype, memory_format=torch.channels_last))
+        if x.dim() == 4:  # in the layout that the network wants, by one copy; others it refuses
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+        return self.net(x)
 
     def _try_capture(self, x: Tensor) -> _Graph | None:
         current = torch.cuda.current_stream(x.device)
@@ -203,23 +209,8 @@ class _FoldedConv(nn.Module):
         self.stride, self.padding, self.act = conv.stride, conv.padding, act
 
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
-        if self.act == "relu" and x is None and _cudnn_adds_relu(y):
-            return torch.cudnn_convolution_relu(
-                y, self.weight, self.bias, self.stride, self.padding, (1, 1), 1
-            )
         y = F.conv2d(y, self.weight, None, self.stride, self.padding)
         return bias_act(y, self.bias, self.act, x)
-
-
-def _cudnn_adds_relu(y: Tensor) -> bool:
-    """Whether cuDNN, where it convolves, adds a bias and takes the ReLU: tried from Ampere on."""
-    return fusible(y) and y.dtype != torch.float32 and _has_cudnn(y.get_device())
-
-
-@functools.cache
-def _has_cudnn(device: int) -> bool:
-    cuda = device >= 0 and torch.version.cuda is not None and torch.backends.cudnn.is_available()
-    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _folded_stem(stem: PatchEmbed) -> nn.Sequential:

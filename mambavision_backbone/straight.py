@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +26,24 @@ from .layers.mixer import MambaVisionMixer
 from .layers.stage import TokenStage
 from .layers.windows import merge, partition
 from .ops.selective_scan import choose_backend
-from .ops.triton_support import Launch, fusible
+from .ops.triton_support import Launch, aligned, fusible
+
+if TYPE_CHECKING:
+    from .ops.selective_scan.triton.launch import ScanLaunch
 
 # Of the modules of blocks; adapters and quantised or parametrised layers do something else.
 _USUAL = {nn.ModuleList, TokenBlock, MambaVisionMixer, Attention, Mlp, nn.Linear, nn.LayerNorm}
 _USUAL |= {nn.Conv1d, nn.GELU, nn.Dropout, nn.Identity}
-ALIGNMENT = 16  # bytes: what Triton compiles for
 _MAX_SHAPES = 1000  # of which launches are kept; then they are forgotten
 
 
 class StraightStage(TokenStage):
     """Another stage for inference, (B, C, H, W) → same; it takes its modules, hooks included.
 
-    Through the modules, as there, where kernels of ours cannot be used, in float32, for compilers
-    and exporters, and where modules have hooks or are not the usual ones. Weights may be changed
-    in place, loaded, cast and moved; replaced they, or layers, are not noticed.
+    Through the modules, as there, where kernels of ours cannot be used, in float32, under autocast,
+    for compilers and exporters, in replicas of nn.DataParallel, and where modules have hooks, are
+    not the usual ones or not alike. Weights of the stage may be changed in place; the stage as a
+    whole may be loaded, cast and moved. Other weights or layers in their places are not noticed.
     """
 
     def __init__(self, stage: TokenStage) -> None:
@@ -52,20 +55,33 @@ class StraightStage(TokenStage):
         """Cut into windows, run the blocks, put back."""
         if not self._straight(x):
             return super().forward(x)
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return self.forward(x)
         tokens, grid = partition(x, self.window_size, self.window_mode)
         mixer: Any = self.blocks[0].mixer
         backend = choose_backend(mixer.scan_backend, tokens, mixer.A_log)
         if backend != "triton" or not _kernels().takes(tokens):
             return super().forward(x)
         keep, grid = grid.crop()
-        rows = _Rows(_aligned(tokens.contiguous()), self._launches)
-        for block in self._chain if keep is None else self._chain[:-1]:
-            block(rows)
-        tokens, branch = rows.tokens()
+        tokens = tokens.contiguous()
+        tokens = tokens if aligned(tokens) else tokens.clone()
+        tokens, branch = self._run_chain(tokens, self._chain if keep is None else self._chain[:-1])
         if keep is not None:
             tokens, branch = self.blocks[-1](tokens, branch, keep)
         assert branch is not None  # there is a block
         return merge(branch.add_to(tokens), grid)
+
+    def _run_chain(self, tokens: Tensor, chain: list[_Block]) -> tuple[Tensor, Branch | None]:
+        key = (tokens.shape, tokens.device)
+        if key not in self._launches and len(self._launches) >= _MAX_SHAPES:
+            self._launches.clear()
+        launches = self._launches.setdefault(key, _Launches())
+        width = max((block.width for block in chain), default=0)
+        rows = _Rows(tokens, width, launches)
+        for block in chain:
+            block(rows)
+        return rows.tokens()
 
     def _straight(self, x: Tensor) -> bool:
         return (
@@ -74,9 +90,8 @@ class StraightStage(TokenStage):
             and x.dtype == self._chain[0].norm1[0].dtype != torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and (not x.is_cuda or x.get_device() == torch.cuda.current_device())
             and not (any(self._hooks) or _global_hooks())
-            and not getattr(self, "_is_replica", False)  # of nn.DataParallel: weights not its own
+            and not getattr(self, "_is_replica", False)  # weights not its own
         )
 
     def _set_chain(self) -> None:
@@ -114,18 +129,16 @@ def _global_hooks() -> bool:
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
-
-
 def _alike(chain: Sequence[_Block]) -> bool:
-    """Whether kernels can be launched on all blocks' weights as on the first's."""
+    """Whether the first block's launches and buffers are those of all blocks."""
     tensors = list(_tensors(chain))
     mixers = {tuple(t.shape for t in _tensors(b.mixer)) for b in chain if type(b.mixer) is _Mixer}
+    heads = {b.mixer.heads for b in chain if isinstance(b.mixer, _Attention)}
     return (
-        len({t.dtype for t in tensors}) < 2
+        len({(t.dtype, t.device) for t in tensors}) < 2
         and len(mixers) < 2
-        and not any(t.data_ptr() % ALIGNMENT for t in tensors)
+        and len(heads) < 2
+        and all(map(aligned, tensors))
     )
 
 
@@ -156,44 +169,54 @@ class _Launches:
     def __init__(self) -> None:
         self.norms: dict[Any, Launch] = {}
         self.conv_silu: Launch | None = None
-        self.scan: Any = None
+        self.scan: ScanLaunch | None = None
 
 
 class _Rows:
     """Tokens (B·windows, L, C) as rows, on their way through the blocks.
 
     ``normed`` is what a branch starts from, ``y`` what it comes to, to be added to the stream once
-    ``late``, a bias and gamma, are.
+    ``late``, a bias and gamma, are. In between branches work in one buffer, ``width`` a row.
     """
 
-    def __init__(self, tokens: Tensor, known: dict[Any, _Launches]) -> None:
+    def __init__(self, tokens: Tensor, width: int, launches: _Launches) -> None:
         self.shape = tokens.shape
         self.stream = tokens.flatten(0, 1)
-        buffers = tokens.new_empty(4, *self.stream.shape).unbind()
-        self.normed, self.y, self._next, self._after = buffers
+        self.normed, self.y, self._sum = (torch.empty_like(self.stream) for _ in range(3))
         self.late: tuple[Tensor | None, Tensor | None] | None = None
-        self.work: Any = None  # buffers of mixers, then of attention
-        key = (self.shape, tokens.device)
-        if key not in known and len(known) >= _MAX_SHAPES:
-            known.clear()
-        self.launches = known.setdefault(key, _Launches())
+        self._buffer = tokens.new_empty(len(self.stream) * width)
+        self._views: dict[Any, Any] = {}
+        self.launches = launches
+
+    def cut(self, *widths: int) -> list[Tensor]:
+        """The buffer as tensors of so many columns."""
+        sizes = [len(self.stream) * width for width in widths]
+        parts = self._buffer[: sum(sizes)].split(sizes)
+        return [part.view(-1, width) for part, width in zip(parts, widths, strict=True)]
+
+    def work(self, kind: Any) -> Any:
+        """What a kind of branch works in: views of the buffer, made once a pass."""
+        views = self._views.get(kind)
+        if views is None:
+            make, *args = kind
+            views = self._views[kind] = make(self, *args)
+        return views
 
     def norm(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         """Add what the branch came to; ``normed`` is the sum's norm."""
         late = self.late
         given = late is not None, *(t is not None for t in late or (None, None)), False
-        launch = self.launches.norms.get((given, eps))
-        if launch is None:
+        start = self.launches.norms.get((given, eps))
+        if start is None:
             rows, channels = self.stream.shape
-            launch = _kernels().norm(rows, 1, channels, eps, given, False)
-            self.launches.norms[given, eps] = launch
+            start = _kernels().norm(rows, 1, channels, eps, given, False)
+            self.launches.norms[given, eps] = start
         x, normed = self.stream, self.normed
         if late is None:
-            launch(x, None, None, None, None, weight, bias, x, normed, None, None)
-            return
-        y, total = self.y, self._next
-        launch(x, y, *late, None, weight, bias, total, normed, None, None)
-        self.stream, self._next, self._after = total, self._after, total
+            start(x, None, None, None, None, weight, bias, x, normed, None, None)
+        else:  # what came in is left alone; behind the first sum it and the stream are one
+            start(x, self.y, *late, None, weight, bias, self._sum, normed, None, None)
+            self.stream = self._sum
 
     def tokens(self) -> tuple[Tensor, Branch | None]:
         """The stream, and what is to be added to it."""
@@ -211,18 +234,22 @@ class _Block(NamedTuple):
     norm2: tuple[Tensor, Tensor, float]
     mlp: _Mlp
     gamma_2: Tensor | None
+    width: int  # of its work, at most
 
     @classmethod
     def of(cls, block: Any) -> _Block:
         """Pick what is needed."""
-        mixer = block.mixer
+        attends = isinstance(block.mixer, Attention)
+        mixer = _Attention.of(block.mixer) if attends else _Mixer.of(block.mixer)
+        mlp = _Mlp.of(block.mlp)
         return cls(
             (block.norm1.weight, block.norm1.bias, block.norm1.eps),
-            _Attention.of(mixer) if isinstance(mixer, Attention) else _Mixer.of(mixer),
+            mixer,
             block.gamma_1,
             (block.norm2.weight, block.norm2.bias, block.norm2.eps),
-            _Mlp.of(block.mlp),
+            mlp,
             block.gamma_2,
+            max(mixer.width, mlp.width),
         )
 
     def __call__(self, rows: _Rows) -> None:
@@ -233,17 +260,15 @@ class _Block(NamedTuple):
 
 
 class _MixerWork:
-    """Buffers of mixers."""
-
     def __init__(self, rows: _Rows, rank: int, dstate: int) -> None:
         batch, seqlen, channels = rows.shape
-        new, dim = rows.stream.new_empty, channels // 2
-        self.xz, self.yz = new(2, batch * seqlen, channels).unbind()
-        self.x, self.dt = new(2, batch * seqlen, dim).unbind()
+        dim = channels // 2
         odd = rank % 2  # as ops.mix
-        self.dt_BC = new(batch * seqlen, odd + rank + 2 * dstate)[:, odd:]
+        self.xz, self.yz, self.x, self.dt, dt_BC = rows.cut(
+            channels, channels, dim, dim, odd + rank + 2 * dstate
+        )
+        self.dt_BC = dt_BC[:, odd:]
         self.low = self.dt_BC[:, :rank]
-        self.xz_tokens = self.xz.view(rows.shape)
         self.y, self.z = self.yz.view(rows.shape).chunk(2, 2)
         u, dt = (x.view(batch, seqlen, dim) for x in (self.x, self.dt))
         _, B, C = self.dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
@@ -257,6 +282,7 @@ class _Mixer(NamedTuple):
     dt_proj: Tensor
     scan: tuple[Tensor, Tensor, Tensor]  # log(-A), D, bias of dt
     out_proj: Tensor
+    sizes: tuple[int, int]  # rank of dt, dstate
 
     @classmethod
     def of(cls, layer: MambaVisionMixer) -> _Mixer:
@@ -267,12 +293,16 @@ class _Mixer(NamedTuple):
             layer.dt_proj.weight.t(),
             (layer.A_log, layer.D, layer.dt_proj.bias),
             layer.out_proj.weight.t(),
+            (layer.dt_proj.in_features, layer.A_log.shape[1]),
         )
 
+    @property
+    def width(self) -> int:
+        rank, dstate = self.sizes
+        return 3 * len(self.in_proj) + rank % 2 + rank + 2 * dstate
+
     def __call__(self, rows: _Rows) -> None:
-        work = rows.work
-        if work is None:
-            work = rows.work = _MixerWork(rows, len(self.dt_proj), self.scan[0].shape[1])
+        work = rows.work((_MixerWork, *self.sizes))
         torch.mm(rows.normed, self.in_proj, out=work.xz)
         self._conv_silu(rows.launches, work)
         torch.mm(work.x, self.x_proj, out=work.dt_BC)
@@ -297,11 +327,9 @@ class _Mixer(NamedTuple):
 
 
 class _AttentionWork:
-    """Buffers of attention."""
-
     def __init__(self, rows: _Rows, heads: tuple[int, int]) -> None:
         batch, seqlen, channels = rows.shape
-        self.qkv = rows.stream.new_empty(batch * seqlen, 3 * channels)
+        (self.qkv,) = rows.cut(3 * channels)
         views = self.qkv.view(batch, seqlen, 3, *heads).permute(2, 0, 3, 1, 4)
         self.q, self.k, self.v = views.unbind()
 
@@ -315,16 +343,23 @@ class _Attention(NamedTuple):
     def of(cls, layer: Attention) -> _Attention:
         return cls(_linear(layer.qkv), _linear(layer.proj), (layer.num_heads, layer.head_dim))
 
+    @property
+    def width(self) -> int:
+        return self.qkv[0].shape[1]
+
     def __call__(self, rows: _Rows) -> Tensor:
-        work = rows.work
-        if not isinstance(work, _AttentionWork):
-            work = rows.work = _AttentionWork(rows, self.heads)
+        work = rows.work((_AttentionWork, self.heads))
         weight, bias = self.qkv
         torch.addmm(bias, rows.normed, weight, out=work.qkv)
         y = F.scaled_dot_product_attention(work.q, work.k, work.v)
         weight, bias = self.proj
         torch.mm(y.transpose(1, 2).reshape(rows.y.shape), weight, out=rows.y)
         return bias
+
+
+class _Hidden:
+    def __init__(self, rows: _Rows, width: int) -> None:
+        (self.x,) = rows.cut(width)
 
 
 class _Mlp(NamedTuple):
@@ -335,9 +370,14 @@ class _Mlp(NamedTuple):
     def of(cls, layer: Any) -> _Mlp:
         return cls(_linear(layer.fc1), _linear(layer.fc2))
 
+    @property
+    def width(self) -> int:
+        return self.fc1[0].shape[1]
+
     def __call__(self, rows: _Rows) -> Tensor:
+        x = rows.work((_Hidden, self.width)).x
         weight, bias = self.fc1
-        x = torch._addmm_activation(bias, rows.normed, weight, use_gelu=True)  # as ops.mlp
+        torch._addmm_activation(bias, rows.normed, weight, use_gelu=True, out=x)  # as ops.mlp
         weight, bias = self.fc2
         torch.mm(x, weight, out=rows.y)
         return bias

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambavision_backbone import MambaVision, inference
+from mambavision_backbone import MambaVision
 from mambavision_backbone.inference import FastBackbone, accelerate
 from tests.conftest import relative_error
 
@@ -90,6 +90,33 @@ def test_copies_and_casts(model: MambaVision) -> None:
         assert 1e-4 < relative_error(a, b) < 0.1
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 3, 1, 64, 64), (1, 4, 64, 64)], ids=str)
+def test_shapes_that_are_not_images(shape: tuple[int, ...], model: MambaVision) -> None:
+    fast = accelerate(model)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="expected images of shape"):
+            fast(torch.randn(shape))
+
+
+def test_images_of_other_dtypes(model: MambaVision) -> None:
+    fast = accelerate(model)
+    x = torch.randint(256, (1, 3, 64, 64))
+    wanted = fast(x.float())
+    for image in (x.to(torch.uint8), x.double(), x.to(memory_format=torch.channels_last)):
+        for a, b in zip(fast(image), wanted, strict=True):
+            assert a.dtype == (torch.float64 if image.dtype == torch.float64 else torch.float32)
+            assert torch.equal(a.float(), b)
+
+
+def test_exports_with_any_number_of_images(model: MambaVision) -> None:
+    fast = accelerate(model)
+    batch = torch.export.Dim("batch", min=2)
+    x = torch.randn(3, 3, 64, 64)
+    program = torch.export.export(fast, (x[:2],), dynamic_shapes=({0: batch},))
+    for a, b in zip(program.module()(x), fast(x), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 @pytest.mark.gpu
 def test_graphs_change_nothing_and_are_bounded(model: MambaVision) -> None:
     model.cuda()
@@ -120,28 +147,3 @@ def test_two_threads(model: MambaVision) -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert all(threads.map(same, [0, 1] * 200))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hw", [(64, 96), (33, 47), (1, 1)], ids=str)
-def test_stem_is_one_kernel_a_convolution(
-    hw: tuple[int, int], dtype: torch.dtype, model: MambaVision
-) -> None:
-    """Bias and ReLU by cuDNN: not less exact than kernels of their own."""
-    stem = FastBackbone(model.cuda(), dtype).net.patch_embed
-    x = torch.randn(2, 3, *hw, device="cuda").to(dtype, memory_format=torch.channels_last)
-    exact = copy.deepcopy(stem).double()(x.double())
-    called = []
-    fused = torch.cudnn_convolution_relu
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch, "cudnn_convolution_relu", lambda *args: called.append(1) or fused(*args)
-        )
-        y = stem(x)
-        patch.setattr(inference, "_cudnn_adds_relu", lambda _: False)
-        apart = stem(x)
-    assert len(called) == 2
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert y.dtype == dtype
-    assert relative_error(y, exact) <= 1.05 * relative_error(apart, exact) + 1e-4

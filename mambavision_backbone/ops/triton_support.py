@@ -181,10 +181,10 @@ def launch(
 
 
 class Launch:
-    """``launch`` but for the tensors: called with them, and quicker from the third time on.
+    """``launch`` but for the tensors: called with them, and quicker once the kernel is known.
 
     They must then be as the first ones were: on the current device, of the same dtypes, as well
-    aligned, and None where those were. All that is looked at is where they lie.
+    ``aligned``, and None where those were. All that is looked at is where they lie.
 
     Args:
         kernel, grid, numbers, constants, warps: see :func:`launch`.
@@ -200,19 +200,24 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.warps = kernel, grid, warps
         self.numbers, self.constants = numbers, constants
-        self._start: Any = None
+        self._known: Any = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Start the kernel."""
-        if self._start is None:
-            self._start = launch(
+        if self._known is None:
+            self._known = launch(
                 self.kernel, self.grid, tensors, self.numbers, self.constants, self.warps
             )
             return
-        run, more = self._start
+        run, more = self._known
         stream = _raw_stream(tensors[0].get_device())  # type: ignore[union-attr]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run(*self.grid, stream, *more, *addresses, *self.numbers, *self.constants)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether a tensor lies where Triton compiles for: at a multiple of 16 bytes."""
+    return not x.data_ptr() & 15
 
 
 # What ``compiled[grid](...)`` comes to: a function, and what it takes between a stream and a
