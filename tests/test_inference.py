@@ -108,6 +108,7 @@ def test_images_of_other_dtypes(model: MambaVision) -> None:
             assert torch.equal(a.float(), b)
 
 
+@pytest.mark.slow
 def test_exports_with_any_number_of_images(model: MambaVision) -> None:
     fast = accelerate(model)
     batch = torch.export.Dim("batch", min=2)
