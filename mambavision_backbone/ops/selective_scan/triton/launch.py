@@ -99,9 +99,9 @@ def _sizes(u: Tensor, A: Tensor) -> _Sizes:
 
 
 def takes(tokens: Tensor) -> bool:
-    """Whether halves of contiguous tokens (batch, seqlen, 2 dim), of 16 bits, are as ``_rows``.
+    """Whether ``_rows`` would leave halves of tokens (batch, seqlen, 2 dim) as they are.
 
-    And so are dt, B and C beside each other, of a rank of at most 2 dim, with dstate up to 64.
+    Of contiguous ones of 16 bits; and dt of a rank up to 2 dim, B and C beside it, dstate up to 64.
     """
     _, seqlen, channels = tokens.shape
     return channels % 4 == 0 and seqlen * (channels + 129) < 2**31
