@@ -102,6 +102,7 @@ class FastBackbone(nn.Module):
         net._caster.slots.clear()  # they hold the layers that were replaced
         self.net = net.to(dtype)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._device = device
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._memory: GraphMemory | None = None
@@ -126,7 +127,8 @@ class FastBackbone(nn.Module):
 
     def _run(self, x: Tensor) -> tuple[Tensor, ...]:
         replica = getattr(self, "_is_replica", False)
-        if not x.is_cuda or traced() or replica or x.dim() != 4:
+        ours = x.is_cuda and x.device == self._device and x.dim() == 4  # others the network refuses
+        if not ours or traced() or replica:
             return self._features(x)
         key = tuple(x.shape)
         graph = self._graphs.get(key)
@@ -146,7 +148,7 @@ class FastBackbone(nn.Module):
             return tuple(out.clone() for out in graph.outs)
 
     def _features(self, x: Tensor) -> tuple[Tensor, ...]:
-        if x.dim() == 4:  # in the layout that the network wants, by one copy; others it refuses
+        if x.dim() == 4:  # in the layout that the network wants, by one copy
             x = x.to(self.dtype, memory_format=torch.channels_last)
         return self.net(x)
 
@@ -178,7 +180,8 @@ class FastBackbone(nn.Module):
         """Move or cast; the graphs are of the old weights."""
         self._graphs, self._seen, self._memory = {}, set(), None
         super()._apply(*args, **kwargs)
-        self.dtype = next(self.net.parameters()).dtype
+        weight = next(self.net.parameters())
+        self.dtype, self._device = weight.dtype, weight.device
         return self
 
     def __getstate__(self) -> dict[str, Any]:

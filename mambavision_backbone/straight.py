@@ -59,9 +59,7 @@ class StraightStage(TokenStage):
             with torch.cuda.device(x.device):
                 return self.forward(x)
         tokens, grid = partition(x, self.window_size, self.window_mode)
-        mixer: Any = self.blocks[0].mixer
-        backend = choose_backend(mixer.scan_backend, tokens, mixer.A_log)
-        if backend != "triton" or not _kernels().takes(tokens):
+        if not (self._scans_by_triton(tokens) and _kernels().takes(tokens)):
             return super().forward(x)
         keep, grid = grid.crop()
         tokens = tokens.contiguous()
@@ -94,10 +92,18 @@ class StraightStage(TokenStage):
             and not getattr(self, "_is_replica", False)  # weights not its own
         )
 
+    def _scans_by_triton(self, tokens: Tensor) -> bool:
+        backends = {m.scan_backend: m.A_log for m in self._mixers}
+        return all(choose_backend(b, tokens, A) == "triton" for b, A in backends.items())
+
     def _set_chain(self) -> None:
         modules = list(self.blocks.modules())
-        usual = all(type(m) in _USUAL for m in modules)
-        usual = usual and all(p.is_contiguous() for p in self.blocks.parameters())
+        self._mixers = [m for m in modules if isinstance(m, MambaVisionMixer)]
+        usual = (
+            all(type(m) in _USUAL for m in modules)
+            and all(p.is_contiguous() for p in self.blocks.parameters())
+            and not any(_has_biases(m) for m in self._mixers)
+        )
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         chain = [_Block.of(block) for block in self.blocks] if usual else []
         self._chain = chain if _alike(chain) else []
@@ -111,7 +117,7 @@ class StraightStage(TokenStage):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the chain out of copies."""
-        return {**self.__dict__, "_chain": [], "_hooks": [], "_launches": {}}
+        return {**self.__dict__, "_chain": [], "_hooks": [], "_mixers": [], "_launches": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make it anew."""
@@ -120,9 +126,14 @@ class StraightStage(TokenStage):
 
 
 def _chain_anew(stage: nn.Module, _keys: Any) -> None:
-    """Loading may have replaced weights."""
-    assert isinstance(stage, StraightStage)
-    stage._set_chain()
+    """Loading may have replaced weights; the stage that this one was made of has the hook, too."""
+    if isinstance(stage, StraightStage):
+        stage._set_chain()
+
+
+def _has_biases(mixer: MambaVisionMixer) -> bool:
+    """Which the published ones have not."""
+    return any(m.bias is not None for m in (mixer.in_proj, mixer.x_proj, mixer.out_proj))
 
 
 def _global_hooks() -> bool:

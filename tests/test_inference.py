@@ -14,6 +14,8 @@ from mambavision_backbone import MambaVision
 from mambavision_backbone.inference import FastBackbone, accelerate
 from tests.conftest import relative_error
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.fixture(params=[None, 0.5], ids=["", "layer scale"])
 def model(request: pytest.FixtureRequest, tiny_arch: dict[str, Any]) -> MambaVision:
@@ -92,19 +94,20 @@ def test_copies_and_casts(model: MambaVision) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 3, 1, 64, 64), (1, 4, 64, 64)], ids=str)
 def test_shapes_that_are_not_images(shape: tuple[int, ...], model: MambaVision) -> None:
-    fast = accelerate(model)
+    fast = accelerate(model.to(DEVICE))
     for _ in range(3):
         with pytest.raises(ValueError, match="expected images of shape"):
-            fast(torch.randn(shape))
+            fast(torch.randn(shape, device=DEVICE))
 
 
 def test_images_of_other_dtypes(model: MambaVision) -> None:
-    fast = accelerate(model)
-    x = torch.randint(256, (1, 3, 64, 64))
+    fast = accelerate(model.to(DEVICE))
+    x = torch.randint(256, (1, 3, 64, 64), device=DEVICE)
     wanted = fast(x.float())
-    for image in (x.to(torch.uint8), x.double(), x.to(memory_format=torch.channels_last)):
+    images = x.to(torch.uint8), x.double(), x.float().to(memory_format=torch.channels_last)
+    for image, dtype in zip(images, (fast.dtype, torch.float64, torch.float32), strict=True):
         for a, b in zip(fast(image), wanted, strict=True):
-            assert a.dtype == (torch.float64 if image.dtype == torch.float64 else torch.float32)
+            assert a.dtype == dtype
             assert torch.equal(a.float(), b)
 
 

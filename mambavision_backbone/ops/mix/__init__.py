@@ -39,7 +39,7 @@ def mix(
     Returns:
         (B, L, 2D): the scanned branch, then the other.
     """
-    fused = plain(x_proj) and plain(dt_proj) and fusible(xz)
+    fused = plain(x_proj) and x_proj.bias is None and plain(dt_proj) and fusible(xz)
     if fused and choose_backend(backend, xz, A_log) == "triton":
         from .launch import MixFunction
 

@@ -101,7 +101,8 @@ def _sizes(u: Tensor, A: Tensor) -> _Sizes:
 def takes(tokens: Tensor) -> bool:
     """Whether ``_rows`` would leave halves of tokens (batch, seqlen, 2 dim) as they are.
 
-    Of contiguous ones of 16 bits; and dt of a rank up to 2 dim, B and C beside it, dstate up to 64.
+    Of contiguous ones of 16 bits; and dt of a rank up to 2 dim, B and C beside it, of an even
+    dstate up to 64.
     """
     _, seqlen, channels = tokens.shape
     return channels % 4 == 0 and seqlen * (channels + 129) < 2**31
