@@ -11,7 +11,6 @@ against the same network in float64. Writes a JSON file and prints a table.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from unittest.mock import patch
 import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, commit, device_name, relative_error, show, write
+from common import RESULTS, commit, device_name, relative_error, show, spread, write
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
@@ -153,9 +152,7 @@ def measure(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "case": case,
             "network": name,
             "shape": list(shape),
-            "median_s": statistics.median(times[name]),
-            "min_s": min(times[name]),
-            "max_s": max(times[name]),
+            **spread(times[name]),
             "runs": len(times[name]),
         }
         if name in peaks:

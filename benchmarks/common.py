@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def relative_error(got: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     """The largest ‖a − b‖ / ‖b‖ of pairs of tensors; ``wanted`` is in float64."""
     pairs = zip(got, wanted, strict=True)
     return max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs)
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, least and most, as rows of results have them."""
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
 
 
 def commit() -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, commit, device_name, graph_bytes, show, write
+from common import RESULTS, commit, device_name, graph_bytes, show, spread, write
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -214,8 +213,7 @@ def measure(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 row["detections"] = len(result[0].pred_instances)
     for row in rows:
         times = row.pop("times_s")
-        row |= {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
-        row["runs"] = len(times)
+        row |= {**spread(times), "runs": len(times)}
     return sorted(rows, key=lambda row: MODES.index(row["mode"]))
 
 

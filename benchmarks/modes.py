@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from common import (
     keep,
     relative_error,
     show,
+    spread,
     write,
 )
 from torch import Tensor, nn
@@ -103,9 +103,7 @@ def timed(build: Callable[[], Run], args: argparse.Namespace) -> tuple[dict[str,
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     row = {
-        "median_s": statistics.median(times),
-        "min_s": min(times),
-        "max_s": max(times),
+        **spread(times),
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
         "graphs_mib": graph_bytes() / 2**20,
     }

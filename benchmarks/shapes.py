@@ -36,7 +36,7 @@ from typing import Any
 import matplotlib
 import timm
 import torch
-from common import RESULTS, commit, device_name, free, graph_bytes, keep, show, write
+from common import RESULTS, commit, device_name, free, graph_bytes, keep, show, spread, write
 from modes import CASES, PASSES, timed
 from torch import nn
 
@@ -173,11 +173,7 @@ def in_turn(
         for run, seconds in zip(runs, times, strict=True):
             seconds.append(a_round(run, inputs) / len(inputs))
     for row, seconds in zip(rows, times, strict=True):
-        row |= {
-            "median_s": statistics.median(seconds),
-            "min_s": min(seconds),
-            "max_s": max(seconds),
-        }
+        row |= spread(seconds)
     del run, runs
     free()
     return rows
@@ -237,14 +233,7 @@ def recipe(args: argparse.Namespace, out: Path, facts: dict[str, Any]) -> list[d
             before = torch.cuda.mem_get_info()[0]
             model = build(name, "training")
             run = stepper(model, "training", limit, getattr(torch, args.dtype))
-            seconds = []
-            for shape in shapes:
-                x = images(2, *shape)
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                run(x)
-                torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
+            seconds = [a_round(run, [images(2, *shape)]) for shape in shapes]
             tenths = [seconds[i * passes // 10 : (i + 1) * passes // 10] for i in range(10)]
             graphs = len(model._graphs._passes) if limit else 0  # type: ignore[union-attr]
             rows.append(

@@ -126,9 +126,10 @@ class FastBackbone(nn.Module):
         return super().train(mode)
 
     def _run(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() != 4:
+            return self.net(x)  # which says what it wants
         replica = getattr(self, "_is_replica", False)
-        ours = x.is_cuda and x.device == self._device and x.dim() == 4  # others the network refuses
-        if not ours or traced() or replica:
+        if not x.is_cuda or x.device != self._device or traced() or replica:
             return self._features(x)
         key = tuple(x.shape)
         graph = self._graphs.get(key)
@@ -148,9 +149,8 @@ class FastBackbone(nn.Module):
             return tuple(out.clone() for out in graph.outs)
 
     def _features(self, x: Tensor) -> tuple[Tensor, ...]:
-        if x.dim() == 4:  # in the layout that the network wants, by one copy
-            x = x.to(self.dtype, memory_format=torch.channels_last)
-        return self.net(x)
+        # In the layout that the network wants, by one copy.
+        return self.net(x.to(self.dtype, memory_format=torch.channels_last))
 
     def _try_capture(self, x: Tensor) -> _Graph | None:
         current = torch.cuda.current_stream(x.device)

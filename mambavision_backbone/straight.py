@@ -10,7 +10,7 @@ how, is settled once for a shape.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +143,9 @@ def _global_hooks() -> bool:
 def _alike(chain: Sequence[_Block]) -> bool:
     """Whether the first block's launches and buffers are those of all blocks."""
     tensors = list(_tensors(chain))
-    mixers = {tuple(t.shape for t in _tensors(b.mixer)) for b in chain if type(b.mixer) is _Mixer}
+    mixers = {
+        tuple(t.shape for t in _tensors(b.mixer)) for b in chain if isinstance(b.mixer, _Mixer)
+    }
     heads = {b.mixer.heads for b in chain if isinstance(b.mixer, _Attention)}
     return (
         len({(t.dtype, t.device) for t in tensors}) < 2
@@ -166,11 +168,16 @@ def _kernels() -> Any:
     """Triton is loaded at first use."""
     from .ops.conv_silu.launch import forward_launch as conv_silu
     from .ops.layer_norm.launch import forward_launch as norm
-    from .ops.mix.launch import parameters
+    from .ops.mix.launch import parameters, states
     from .ops.selective_scan.triton.launch import ScanLaunch, takes
 
     return SimpleNamespace(
-        conv_silu=conv_silu, norm=norm, parameters=parameters, scan=ScanLaunch, takes=takes
+        conv_silu=conv_silu,
+        norm=norm,
+        parameters=parameters,
+        scan=ScanLaunch,
+        states=states,
+        takes=takes,
     )
 
 
@@ -205,13 +212,12 @@ class _Rows:
         parts = self._buffer[: sum(sizes)].split(sizes)
         return [part.view(-1, width) for part, width in zip(parts, widths, strict=True)]
 
-    def work(self, kind: Any) -> Any:
+    def work(self, make: Callable[..., Any], *sizes: Any) -> Any:
         """What a kind of branch works in: views of the buffer, made once a pass."""
-        views = self._views.get(kind)
-        if views is None:
-            make, *args = kind
-            views = self._views[kind] = make(self, *args)
-        return views
+        key = make, sizes
+        if key not in self._views:
+            self._views[key] = make(self, *sizes)
+        return self._views[key]
 
     def norm(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         """Add what the branch came to; ``normed`` is the sum's norm."""
@@ -271,19 +277,14 @@ class _Block(NamedTuple):
 
 
 class _MixerWork:
-    def __init__(self, rows: _Rows, rank: int, dstate: int) -> None:
-        batch, seqlen, channels = rows.shape
-        dim = channels // 2
-        odd = rank % 2  # as ops.mix
-        self.xz, self.yz, self.x, self.dt, dt_BC = rows.cut(
-            channels, channels, dim, dim, odd + rank + 2 * dstate
-        )
-        self.dt_BC = dt_BC[:, odd:]
+    def __init__(self, rows: _Rows, widths: tuple[int, ...], rank: int, dstate: int) -> None:
+        batch, seqlen, _ = rows.shape
+        self.xz, self.yz, self.x, self.dt, dt_BC = rows.cut(*widths)
+        self.dt_BC = dt_BC[:, rank % 2 :]
         self.low = self.dt_BC[:, :rank]
         self.y, self.z = self.yz.view(rows.shape).chunk(2, 2)
-        u, dt = (x.view(batch, seqlen, dim) for x in (self.x, self.dt))
-        _, B, C = self.dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
-        self.scanned = u, dt, B, C
+        u, dt = (x.view(batch, seqlen, -1) for x in (self.x, self.dt))
+        self.scanned = u, dt, *_kernels().states(self.dt_BC, batch, rank, dstate)
 
 
 class _Mixer(NamedTuple):
@@ -293,10 +294,13 @@ class _Mixer(NamedTuple):
     dt_proj: Tensor
     scan: tuple[Tensor, Tensor, Tensor]  # log(-A), D, bias of dt
     out_proj: Tensor
-    sizes: tuple[int, int]  # rank of dt, dstate
+    rank: int  # of dt
+    widths: tuple[int, ...]  # of xz, yz, x, dt, dt_BC
 
     @classmethod
     def of(cls, layer: MambaVisionMixer) -> _Mixer:
+        channels, dim, rank = layer.in_proj.in_features, layer.dim_inner, layer.dt_proj.in_features
+        low = rank % 2 + layer.x_proj.out_features  # B and C at even addresses, as ops.mix
         return cls(
             layer.in_proj.weight.t(),
             (layer.conv1d_x.weight, layer.conv1d_z.weight),
@@ -304,16 +308,16 @@ class _Mixer(NamedTuple):
             layer.dt_proj.weight.t(),
             (layer.A_log, layer.D, layer.dt_proj.bias),
             layer.out_proj.weight.t(),
-            (layer.dt_proj.in_features, layer.A_log.shape[1]),
+            rank,
+            (channels, channels, dim, dim, low),
         )
 
     @property
     def width(self) -> int:
-        rank, dstate = self.sizes
-        return 3 * len(self.in_proj) + rank % 2 + rank + 2 * dstate
+        return sum(self.widths)
 
     def __call__(self, rows: _Rows) -> None:
-        work = rows.work((_MixerWork, *self.sizes))
+        work = rows.work(_MixerWork, self.widths, self.rank, self.scan[0].shape[1])
         torch.mm(rows.normed, self.in_proj, out=work.xz)
         self._conv_silu(rows.launches, work)
         torch.mm(work.x, self.x_proj, out=work.dt_BC)
@@ -359,18 +363,13 @@ class _Attention(NamedTuple):
         return self.qkv[0].shape[1]
 
     def __call__(self, rows: _Rows) -> Tensor:
-        work = rows.work((_AttentionWork, self.heads))
+        work = rows.work(_AttentionWork, self.heads)
         weight, bias = self.qkv
         torch.addmm(bias, rows.normed, weight, out=work.qkv)
         y = F.scaled_dot_product_attention(work.q, work.k, work.v)
         weight, bias = self.proj
         torch.mm(y.transpose(1, 2).reshape(rows.y.shape), weight, out=rows.y)
         return bias
-
-
-class _Hidden:
-    def __init__(self, rows: _Rows, width: int) -> None:
-        (self.x,) = rows.cut(width)
 
 
 class _Mlp(NamedTuple):
@@ -386,7 +385,7 @@ class _Mlp(NamedTuple):
         return self.fc1[0].shape[1]
 
     def __call__(self, rows: _Rows) -> Tensor:
-        x = rows.work((_Hidden, self.width)).x
+        (x,) = rows.work(_Rows.cut, self.width)
         weight, bias = self.fc1
         torch._addmm_activation(bias, rows.normed, weight, use_gelu=True, out=x)  # as ops.mlp
         weight, bias = self.fc2

@@ -68,11 +68,11 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
     dy, dz = dyz.chunk(2, 2)
     x = torch.empty(dy.shape, dtype=xz.dtype, device=xz.device)
     conv_silu.forward(xz, conv_x, conv_z, x, None)
-    batch, seqlen, dim = x.shape
+    batch, _, dim = x.shape
     rank, dstate = dt_proj.shape[1], A_log.shape[1]
     tokens = _tokens(x, dt_BC, dt_proj.t(), dstate)
     ddt_BC = torch.empty_like(dt_BC)
-    _, dB, dC = ddt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
+    dB, dC = states(ddt_BC, batch, rank, dstate)
     grads = scan_backward(dy, *tokens, parameters(A_log, D, dt_bias), ends, (dB, dC))
 
     ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
@@ -90,11 +90,15 @@ def _tokens(
     x: Tensor, dt_BC: Tensor, dt_proj: Tensor, dstate: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The scan's u, dt, B and C; dt_proj (R, D)."""
-    batch, seqlen, _ = x.shape
     rank = len(dt_proj)
     dt = torch.mm(dt_BC[:, :rank], dt_proj).view(x.shape)
-    _, B, C = dt_BC.view(batch, seqlen, -1).split([rank, dstate, dstate], 2)
-    return x, dt, B, C
+    return x, dt, *states(dt_BC, len(x), rank, dstate)
+
+
+def states(dt_BC: Tensor, batch: int, rank: int, dstate: int) -> tuple[Tensor, Tensor]:
+    """B and C (batch, L, N) beside step sizes of a rank, (batch·L, R + 2N); or their gradients."""
+    _, B, C = dt_BC.view(batch, -1, dt_BC.shape[1]).split([rank, dstate, dstate], 2)
+    return B, C
 
 
 def parameters(A_log: Tensor, D: Tensor, dt_bias: Tensor) -> Parameters:
