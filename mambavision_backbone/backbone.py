@@ -24,6 +24,7 @@ from .layers.windows import WINDOW_MODES
 from .ops.cast import WeightCaster
 from .ops.selective_scan import check_backend
 from .registry import BaseModule, register_model
+from .replay import TrainingReplays
 from .variants import STAGES, resolve_arch
 
 
@@ -53,6 +54,8 @@ class MambaVision(BaseModule):
             height and width. The first runs take minutes, and torch.compile needs a C++ compiler.
         graphs: train on a GPU by CUDA graphs, of so many input shapes at most; see
             :class:`~mambavision_backbone.graphs.TrainingGraphs`.
+        replay: train on a GPU by the calls that earlier passes of an input shape came to, where
+            there are no graphs; see :class:`~mambavision_backbone.replay.TrainingReplays`.
         init_cfg: mmengine's; ``dict(type='Pretrained', checkpoint=...)`` loads a file strictly.
 
     Raises:
@@ -74,6 +77,7 @@ class MambaVision(BaseModule):
         scan_backend: str = "auto",
         compile: bool = False,
         graphs: int = 0,
+        replay: bool = True,
         init_cfg: Any = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -97,6 +101,7 @@ class MambaVision(BaseModule):
         if graphs and (compile or with_cp):
             raise ValueError("graphs cannot be had together with compile or with_cp: set graphs=0")
         self._graphs = TrainingGraphs(graphs)
+        self._replays = TrainingReplays(replay and not (compile or with_cp))
 
         arch_ = self.arch
         channels = arch_.channels
@@ -147,9 +152,12 @@ class MambaVision(BaseModule):
                 f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}: "
                 "in_channels sets the number of channels"
             )
-        if self._graphs.limit and not getattr(self, "_is_replica", False):
-            return self._graphs.run(self._cast_features, self, x)
-        return self._cast_features(x)
+        if getattr(self, "_is_replica", False):
+            return self._cast_features(x)
+        return self._graphs.run(self._kernel_by_kernel, self, x)
+
+    def _kernel_by_kernel(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self._replays.run(self._cast_features, self, x)
 
     def _cast_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Features, with weights cast all at once where autocast would cast each."""

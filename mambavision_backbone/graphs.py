@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .capture import GraphMemory, unowned
-from .ops.triton_support import traced
+from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves
 
 logger = logging.getLogger("mambavision_backbone")
 
-Maps = tuple[Tensor, ...]
-# So often graphs may be of use for less than so many passes: then the network changes all the time.
-MAX_SHORT_LIVES, SHORT_LIFE = 16, 10
 
-
-class TrainingGraphs:
+class TrainingGraphs(TrainingPasses):
     """Runs a network forward and backward as CUDA graphs, with the results that it has without.
 
     The first pass of an input shape runs as it is; once that was differentiated, the next one is
@@ -42,13 +37,7 @@ class TrainingGraphs:
     def __init__(self, limit: int) -> None:
         if limit < 0:
             raise ValueError(f"graphs must not be negative, got {limit}")
-        self.limit = limit
-        self._stopped = False  # capturing
-        self._replays = 0  # since the network changed
-        self._short_lives = 0
-        self._seen: set[Any] = set()
-        self._snapshot: _Snapshot | None = None  # of the network that was captured
-        self._passes: dict[Any, _Pass] = {}
+        super().__init__("CUDA graphs", limit)
         self._memory: GraphMemory | None = None
         self._under_way: Callable[[], _Ticket | None] = lambda: None
 
@@ -56,64 +45,28 @@ class TrainingGraphs:
         """Leave what was captured out of copies."""
         return TrainingGraphs, (self.limit,)
 
-    def run(self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor) -> Maps:
-        """``forward(x)``, by a graph where that can be: in training, of an x without gradients.
-
-        Raises:
-            RuntimeError: the pass cannot be captured; the message says why.
-        """
-        if not self._applies(network, x):
-            return forward(x)
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = (x.shape, x.dtype, autocast)
-        moved = self._memory is not None and self._memory.device != x.device
-        if moved or (self._snapshot is not None and not self._snapshot.holds(network)):
-            self._forget()
-        captured = self._passes.get(key)
-        room = len(self._passes) < self.limit and not self._stopped
-        if captured is None and room and key in self._seen:
-            captured = self._capture(key, forward, network, x)
-        if captured is None:
-            return self._watched(forward(x), key)
-        self._replays += 1
-        ticket = _Ticket()
-        self._under_way = weakref.ref(ticket)
-        return _Replay.apply(captured, ticket, x, *captured.weights)
-
     def buffers(self) -> list[Tensor]:
         """What tensors are passed by, kept on the GPU and counted as allocated."""
         return list(self._memory.buffers.values()) if self._memory else []
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
-        if traced() or not (self.limit and network.training and _capturable(x)):
-            return False
-        if self._stopped and not self._passes:
-            return False
         ticket = self._under_way()
-        return (
-            (ticket is None or ticket.used)
-            and torch.is_grad_enabled()
-            and not torch.is_anomaly_enabled()  # it looks at values, which a capture has not
-            and not x.requires_grad
-            and any(p.requires_grad for p in network.parameters())
-        )
+        free = ticket is None or ticket.used
+        return free and super()._applies(network, x)
 
-    def _watched(self, maps: Maps, key: Any) -> Maps:
-        """The maps; when they are differentiated, the shape's kernels are known and compiled."""
-        for trained in [m for m in maps if m.requires_grad][:1]:
-            trained.register_hook(lambda _: self._seen.add(key))
-        return maps
+    def _make(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> _Pass | None:
+        """Capture a pass.
 
-    def _capture(
-        self, key: Any, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor
-    ) -> _Pass | None:
+        Raises:
+            RuntimeError: it cannot be captured; the message says why.
+        """
         if any(isinstance(m, SyncBatchNorm) for m in network.modules()):
             self._stop("SyncBatchNorm talks to other processes")
             return None
+        assert self._snapshot is not None
         self._memory = self._memory or GraphMemory(x.device)
-        self._snapshot = self._snapshot or _Snapshot(network)
         try:
-            self._passes[key] = _Pass(forward, network, x, self._memory)
+            captured = _Pass(forward, network, self._snapshot.weights, x, self._memory)
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error)
         except RuntimeError as error:  # CUDA is in the middle of a capture: there is no going on
@@ -121,10 +74,16 @@ class TrainingGraphs:
                 f"a training pass cannot be captured as a CUDA graph, set graphs=0: {error}"
             ) from error
         else:
+            self._passes[key] = captured
             self._report()
-            return self._passes[key]
+            return captured
         self._stop(reason)
         return None
+
+    def _run(self, known: _Pass, x: Tensor) -> Maps:
+        ticket = _Ticket()
+        self._under_way = weakref.ref(ticket)
+        return _Replay.apply(known, ticket, x, *known.weights)
 
     def _report(self) -> None:
         """Log the first graph, and the last."""
@@ -135,22 +94,13 @@ class TrainingGraphs:
             logger.info("no more CUDA graphs than graphs=%d: other shapes run without", count)
 
     def _stop(self, reason: str) -> None:
-        """Capture no more; what was captured stays."""
-        self._stopped = True
+        super()._stop(reason)
         if not self._passes:
-            self._snapshot = self._memory = None
-        logger.warning("no more CUDA graphs, going on without: %s", reason)
+            self._memory = None
 
     def _forget(self) -> None:
-        """Weights were moved, frozen or replaced: all graphs are of the past."""
-        self._snapshot = None
-        self._passes.clear()
-        self._seen.clear()
         self._memory = None
-        self._short_lives += self._replays < SHORT_LIFE
-        self._replays = 0
-        if self._short_lives == MAX_SHORT_LIVES:
-            self._stop("the network changes all the time")
+        super()._forget()
 
 
 class _Ticket:
@@ -163,12 +113,17 @@ class _Pass:
     """The graphs of one input shape, with the tensors that they read and write."""
 
     def __init__(
-        self, forward: Callable[[Tensor], Maps], network: nn.Module, x: Tensor, memory: GraphMemory
+        self,
+        forward: Forward,
+        network: nn.Module,
+        weights: Sequence[Tensor],
+        x: Tensor,
+        memory: GraphMemory,
     ) -> None:
-        self.weights = [p for p in network.parameters() if p.requires_grad]
+        self.weights = weights
         self.x = memory.image(x, _input_dtype(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _other_leaves(network, self.weights) as leaves:
+        with other_leaves(network, self.weights) as leaves:
             with memory.capture(self._forward), _autocast():
                 maps = forward(self.x)
                 values = [m.detach() for m in maps]
@@ -178,10 +133,7 @@ class _Pass:
             # Maps were copied away when their gradients come, to the same place.
             self._grad_maps = [self._maps[i] for i in self.trained]
             with torch.autocast("cuda", enabled=False), memory.capture(self._backward):
-                trained = [maps[i] for i in self.trained]
-                given = torch.autograd.grad(trained, leaves, self._grad_maps, allow_unused=True)
-                pairs = zip(given, self.weights, strict=True)
-                grads = [_laid_out_as(grad, weight) for grad, weight in pairs]
+                grads = gradients([maps[i] for i in self.trained], self._grad_maps, leaves)
         self._grads = _Gradients(grads)
 
     def forward(self, x: Tensor) -> Maps:
@@ -195,32 +147,6 @@ class _Pass:
         _copy(self._grad_maps, [grad_maps[i] for i in self.trained])
         self._backward.replay()
         return self._grads.copies()
-
-
-class _Snapshot:
-    """What captured passes depend on: modules, their settings, tensors and addresses."""
-
-    def __init__(self, network: nn.Module) -> None:
-        # Kept, so that nothing else gets their identity; the network, which keeps this, is not.
-        self._modules = [module for module in network.modules() if module is not network]
-        self._tensors = [*network.parameters(), *network.buffers()]
-        self._facts = self._facts_of(network)
-
-    def holds(self, network: nn.Module) -> bool:
-        """Whether the network is as it was."""
-        return self._facts_of(network) == self._facts
-
-    def _facts_of(self, network: nn.Module) -> list[Any]:
-        """Of the modules that were there; their children show whether others are."""
-        facts: list[Any] = []
-        for module in (network, *self._modules):
-            own = module.__dict__
-            facts += module.training, own.get("drop_path_rate"), own.get("momentum")
-            facts += map(id, own["_modules"].values())
-            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-                if tensor is not None:
-                    facts += id(tensor), tensor.data_ptr(), tensor.requires_grad
-        return facts
 
 
 class _Gradients:
@@ -254,37 +180,6 @@ class _Gradients:
         return views
 
 
-@contextmanager
-def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Put other tensors on the same memory in the weights' places, inside.
-
-    PyTorch ties the weights themselves to the stream that they were first used on, which a capture
-    must not touch.
-    """
-    leaves = {id(w): w.detach().requires_grad_() for w in weights}
-    slots = [
-        (module._parameters, name, weight)
-        for module in network.modules()
-        for name, weight in module._parameters.items()
-        if id(weight) in leaves
-    ]
-    try:
-        for parameters, name, weight in slots:
-            parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
-        yield list(leaves.values())
-    finally:
-        for parameters, name, weight in slots:
-            parameters[name] = weight
-
-
-def _laid_out_as(grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    """A gradient with its weight's strides, as optimizers expect it."""
-    like = torch.empty_like(weight, device="meta")
-    if grad is None or grad.stride() == like.stride():
-        return grad
-    return torch.empty_like(weight).copy_(grad)
-
-
 def _input_dtype(x: Tensor) -> torch.dtype:
     """What the first convolution reads: under autocast half as much."""
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
@@ -297,10 +192,6 @@ def _autocast() -> torch.autocast:
     enabled = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda")
     return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
-
-
-def _capturable(x: Tensor) -> bool:
-    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

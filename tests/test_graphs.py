@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mambavision_backbone import MambaVision
 from mambavision_backbone.graphs import TrainingGraphs
 from tests.conftest import relative_error
-
-A, B, C = (64, 64), (64, 96), (32, 32)
+from tests.passes import A, B, C, both, images, loss_of, moved, same
 
 
 class Recorder(TorchDispatchMode):
@@ -63,7 +62,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         with torch.backends.cudnn.flags(enabled=True, **flags):
             yield "cuda"
         return
-    monkeypatch.setattr("mambavision_backbone.graphs._capturable", lambda _: True)
+    monkeypatch.setattr("mambavision_backbone.passes.on_gpu", lambda _: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, *_, **__: graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -75,38 +74,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def pair(
     tiny_arch: dict[str, Any], graphs: int, device: str, **options: Any
 ) -> tuple[MambaVision, MambaVision]:
-    """The same network, with graphs and without."""
-    torch.manual_seed(0)
-    model = MambaVision(tiny_arch, drop_path_rate=0.0, **options)
-    graphed = MambaVision(tiny_arch, drop_path_rate=0.0, graphs=graphs, **options)
-    graphed.load_state_dict(model.state_dict())
-    return graphed.to(device), model.to(device)
-
-
-def moved(model: MambaVision) -> None:
-    """Put the weights into other memory."""
-    model.to(torch.float64).to(torch.float32)
-
-
-def images(hw: tuple[int, int], seed: int) -> Tensor:
-    return torch.randn(2, 3, *hw, generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    x = x.to(next(model.parameters()).device)
-    with torch.autocast("cuda", dtype or torch.float16, enabled=dtype is not None and x.is_cuda):
-        maps = model(x)
-    return torch.stack([m.float().square().mean() for m in maps]).sum()
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two networks have the same weights, statistics and gradients."""
-    tensors = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    grads = zip(a.parameters(), b.parameters(), strict=True)
-    return all(torch.equal(p, q) for p, q in tensors) and all(
-        (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad))
-        for p, q in grads
-    )
+    """The same network, with graphs and without; neither by replays."""
+    return both(tiny_arch, device, {"graphs": graphs, "replay": False}, **options)
 
 
 def check_steps(models: tuple[MambaVision, MambaVision]) -> None:

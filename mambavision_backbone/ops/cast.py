@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,16 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .triton_support import compute_dtype, fusible
+from .triton_support import compute_dtype, fusible, launch_recorder
+
+_ALIGNMENT = 64  # elements: 128 bytes in half precision
 
 
 class _CastAll(torch.autograd.Function):
     """Copies of tensors in a dtype; their gradients come back in the tensors' own."""
 
+    separate = True  # each output depends on the input of its number alone
+
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(_cast(tensors, dtype))
+        recorder = launch_recorder()
+        if recorder is None:
+            return tuple(_cast(tensors, dtype))
+        copies = recorder.kept((_CastAll, dtype), lambda: _empty(tensors, dtype))
+        torch._foreach_copy_(copies, list(tensors))
+        return tuple(c.detach() for c in copies)
 
     @staticmethod
     @once_differentiable
@@ -30,10 +40,25 @@ class _CastAll(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    copies = _empty(tensors, dtype)
     if copies:
         torch._foreach_copy_(copies, list(tensors))
     return copies
+
+
+def _empty(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors like these in another dtype, in one piece of memory."""
+    ends = list(itertools.accumulate(-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for t in tensors))
+    if not ends:
+        return []
+    memory = torch.empty(ends[-1], dtype=dtype, device=tensors[0].device)
+    places = zip(tensors, [0, *ends], strict=False)
+    return [memory.as_strided(t.shape, _dense_strides(t), start) for t, start in places]
+
+
+def _dense_strides(x: Tensor) -> Sequence[int]:
+    """What ``empty_like`` gives; without copies of expanded or sliced tensors' gaps."""
+    return x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
 
 
 _LOCK = threading.Lock()  # of the weights that are replaced: one thread's

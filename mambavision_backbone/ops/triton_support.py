@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -89,12 +93,11 @@ def _start_by(starter: Any) -> None:
 
 def traced() -> bool:
     """Whether the program is being compiled, exported or watched, say by a FLOP counter."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
     # Not is_in_torch_dispatch_mode(): torch 2.4's stays true after an export.
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _get_current_dispatch_mode() is not None
-    )
+    mode = _get_current_dispatch_mode()
+    return mode is not None and not isinstance(mode, LaunchRecorder)
 
 
 def fusible(x: Tensor) -> bool:
@@ -151,6 +154,11 @@ def launch(
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, constants, warps)
+    recorder = launch_recorder()
+    if recorder:
+        recorder.launched(Launch(kernel, grid, numbers, constants, warps), tensors)
+        with _disable_current_modes():  # Triton's interpreter is a program itself
+            return launch(kernel, grid, tensors, numbers, constants, warps)
     facts: list[Any] = [id(kernel), constants, warps, device]
     addresses: list[int | None] = []  # of a tensor Triton would ask the driver where it lies
     for tensor in tensors:
@@ -200,19 +208,40 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.warps = kernel, grid, warps
         self.numbers, self.constants = numbers, constants
-        self._known: Any = None
+        self.known: Any = None  # what starts the kernel
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Start the kernel."""
-        if self._known is None:
-            self._known = launch(
+        if self.known is None or launch_recorder():
+            self.known = launch(
                 self.kernel, self.grid, tensors, self.numbers, self.constants, self.warps
             )
             return
-        run, more = self._known
-        stream = _raw_stream(tensors[0].get_device())  # type: ignore[union-attr]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        run(*self.grid, stream, *more, *addresses, *self.numbers, *self.constants)
+        self.at(addresses, tensors[0].get_device())  # type: ignore[union-attr]
+
+    def at(self, addresses: Sequence[int | None], device: int) -> None:
+        """Start a kernel that is known, on what lies at the addresses."""
+        run, more = self.known
+        run(*self.grid, _raw_stream(device), *more, *addresses, *self.numbers, *self.constants)
+
+
+class LaunchRecorder(TorchDispatchMode):
+    """A mode that sees operators, and launches of ``launch`` as well; kernels go on as without."""
+
+    def launched(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
+        """Called with what is launched, and with its tensors."""
+        raise NotImplementedError
+
+    def kept(self, role: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What was made for a role: always the same tensors, for values of one pass at a time."""
+        raise NotImplementedError
+
+
+def launch_recorder() -> LaunchRecorder | None:
+    """The innermost mode, if it is one."""
+    mode = _get_current_dispatch_mode()
+    return mode if isinstance(mode, LaunchRecorder) else None
 
 
 def aligned(x: Tensor) -> bool:

@@ -1,0 +1,233 @@
+"""Training passes as the calls that they come to, recorded for each input shape and made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d, Mlp
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_module
+
+from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves, reached
+from .tape import Recorder, Slots, Tape
+
+MAX_SHAPES = 1000
+Grads = list[Tensor | None]
+
+_FORWARD, _BACKWARD = 0, 1  # the parts of a tape
+_ALIGNMENT = 16  # bytes: what kernels were compiled for
+
+# Whether the backward pass under way may be followed by another one; torch 2.4 does not say.
+_retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+# Besides this package's own; adapters and parametrised layers may do something in Python.
+_USUAL = {nn.ModuleList, nn.Sequential, nn.Identity, nn.Conv2d, nn.Conv1d, nn.Linear, Mlp, nn.GELU}
+_USUAL |= {nn.ReLU, nn.Dropout, nn.BatchNorm2d, nn.LayerNorm, LayerNorm2d}
+
+
+class TrainingReplays(TrainingPasses):
+    """Runs a network forward and backward on a GPU without the way through its modules.
+
+    Kernel by kernel, that way takes Python longer than the GPU takes for what it comes to. So the
+    second pass of an input shape is recorded while it runs, and later ones make the same calls of
+    PyTorch's operators and Triton's kernels, in the same order and on memory of their own: with the
+    same results, bit by bit. Only for networks of the usual modules without hooks, and not with
+    torch 2.4.
+
+    Args:
+        wanted: False runs all passes as they are.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        super().__init__("replays", MAX_SHAPES if wanted and _retains_graph else 0)
+        self._wanted = wanted
+        self._hooks: list[Any] = []
+        self.kept: dict[Any, list[Tensor]] = {}  # of all tapes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave what was recorded out of copies."""
+        return TrainingReplays, (self._wanted,)
+
+    def finish(self, key: Any, replay: _Replay, refusal: str | None) -> None:
+        """Take a pass that was recorded to its end."""
+        if refusal:
+            self._stop(refusal)
+        else:
+            self._passes[key] = replay
+
+    def _applies(self, network: nn.Module, x: Tensor) -> bool:
+        return super()._applies(network, x) and not any(self._hooks)
+
+    def _make(self, key: Any, forward: Forward, network: nn.Module, _x: Tensor) -> Any:
+        if reason := _unusual(network):
+            self._stop(reason)
+            return None
+        self._hooks = _hooks(network)
+        if any(self._hooks):
+            return None
+        self._seen.discard(key)  # until there is a backward pass, too
+        return _Recording(self, key, forward, network)
+
+    def _run(self, known: _Recording | _Replay, x: Tensor) -> Maps:
+        assert self._snapshot is not None
+        return _Run.apply(known, x, *self._snapshot.weights)
+
+    def _forget(self) -> None:
+        self._hooks = []
+        self.kept = {}
+        super()._forget()
+
+
+class _Run(torch.autograd.Function):
+    """A pass as one function of autograd, of an image and the trained weights."""
+
+    @staticmethod
+    def forward(ctx: Any, known: _Recording | _Replay, x: Tensor, *weights: Tensor) -> Maps:
+        ctx.set_materialize_grads(False)
+        ctx.known, ctx.weights, ctx.version = known, weights, _version(weights)
+        maps, ctx.state = known.forward(x, weights)
+        trained = known.ends.trained
+        ctx.mark_non_differentiable(*[m for i, m in enumerate(maps) if i not in trained])
+        return tuple(maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
+        state = ctx.state
+        if state is None:
+            raise RuntimeError(
+                "trying to backward through the graph a second time: give retain_graph=True "
+                "the first time"
+            )
+        if _version(ctx.weights) != ctx.version:
+            raise RuntimeError(
+                "weights needed for gradient computation have been modified by an inplace "
+                "operation: step optimizers after backward()"
+            )
+        assert _retains_graph is not None
+        retain = _retains_graph()
+        if not retain:
+            ctx.state = None
+        return None, None, *ctx.known.backward(state, grad_maps, retain)
+
+
+class _Ends:
+    """What a pass is given and gives: its trained maps, and the gradients that they lead to."""
+
+    def __init__(self, maps: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
+        trained = [maps[i] for i in self.trained]
+        self._reached = reached(trained, leaves)
+        self._like = [(m.shape, m.stride(), m.dtype, m.device) for m in trained]
+
+    def fill(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of all trained maps, as a tape takes them: zeros where none were given."""
+        filled = []
+        for i, (shape, strides, dtype, device) in zip(self.trained, self._like, strict=True):
+            grad = grads[i]
+            if grad is None:
+                grad = torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
+            filled.append(_plain(grad, strides))
+        return filled
+
+    def choose(
+        self, given: Sequence[Tensor | None], grads: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The weights' gradients, but for those that the maps with gradients do not depend on."""
+        present = [given[i] is not None for i in self.trained]
+        if all(present):
+            return grads
+        pairs = zip(self._reached, present, strict=True)
+        wanted = set().union(*(weights for weights, given in pairs if given))
+        return [grad if i in wanted else None for i, grad in enumerate(grads)]
+
+
+class _Recording:
+    """A pass of an input shape, recorded while it runs."""
+
+    def __init__(
+        self, owner: TrainingReplays, key: Any, function: Forward, network: nn.Module
+    ) -> None:
+        self._owner, self._key, self._function, self._network = owner, key, function, network
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Maps of x, and what the backward pass needs."""
+        x = _plain(x, x.stride())
+        with torch.enable_grad(), other_leaves(self._network, weights) as leaves:
+            constants = [*self._network.parameters(), *self._network.buffers()]
+            recorder = Recorder(constants, self._owner.kept)
+            with recorder.part([x]) as outputs:
+                maps = self._function(x)
+                values = [m.detach() for m in maps]
+                outputs += values
+        self._strides = x.stride()
+        self.ends = _Ends(maps, leaves)
+        return values, (recorder, maps, leaves)
+
+    def backward(self, state: Any, given: Sequence[Tensor | None], retain: bool) -> Grads:
+        """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
+        recorder, maps, leaves = state
+        trained = [maps[i] for i in self.ends.trained]
+        grad_maps = self.ends.fill(given)
+        with torch.autocast(grad_maps[0].device.type, enabled=False):
+            if recorder.done:  # before
+                return self.ends.choose(given, gradients(trained, grad_maps, leaves, retain))
+            with recorder.part(grad_maps) as outputs:
+                outputs += gradients(trained, grad_maps, leaves, retain)
+        replay = _Replay(recorder.tape(), self._strides, self.ends)
+        self._owner.finish(self._key, replay, recorder.refusal)
+        return self.ends.choose(given, outputs)
+
+
+class _Replay:
+    """A pass of an input shape, by its tape."""
+
+    def __init__(self, tape: Tape, strides: Sequence[int], ends: _Ends) -> None:
+        self._tape, self._strides, self.ends = tape, strides, ends
+
+    def forward(self, x: Tensor, _weights: Sequence[Tensor]) -> tuple[list[Tensor], Slots]:
+        """Maps of x, and what the backward pass needs."""
+        slots = self._tape.start()
+        return self._tape.play(_FORWARD, slots, [_plain(x, self._strides)]), slots
+
+    def backward(self, slots: Slots, given: Sequence[Tensor | None], retain: bool) -> Grads:
+        """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
+        play = self._tape.play_again if retain else self._tape.play
+        return self.ends.choose(given, play(_BACKWARD, slots, self.ends.fill(given)))
+
+
+def _version(weights: Sequence[Tensor]) -> int:
+    """Grows when any of the weights is modified in place."""
+    return sum(weight._version for weight in weights)
+
+
+def _plain(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values at the start of a storage, with the strides: as tapes take them."""
+    x = x.detach()
+    if x.stride() == strides and not x.storage_offset() and not x.data_ptr() % _ALIGNMENT:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _unusual(network: nn.Module) -> str | None:
+    """Why a pass might be more than its calls, or None."""
+    for module in network.modules():
+        own = type(module).__module__.startswith(f"{__package__}.")
+        if "forward" in module.__dict__ or not (own or type(module) in _USUAL):
+            return f"{type(module).__qualname__} may do more than its operators"
+    return None
+
+
+def _hooks(network: nn.Module) -> list[Any]:
+    """Where hooks of the network's modules, and of all modules, are kept; its own see the pass."""
+    kinds = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
+    own = [
+        getattr(module, f"_{kind}")
+        for module in network.modules()
+        if module is not network
+        for kind in kinds
+    ]
+    return own + [getattr(torch_module, f"_global_{kind}") for kind in kinds]

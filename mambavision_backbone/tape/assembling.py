@@ -1,0 +1,262 @@
+"""From steps to calls: memory is shared out, views are made where they are read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.triton_support import Launch
+from .playing import Call, Part, Slots, Tape
+from .slabs import SLAB, Need, Slab, place
+from .steps import Empty, Geometry, Listed, Operation, Section, Start, Storage, View, views_in
+
+_Size = tuple[int, ...]
+_known_sizes: dict[tuple[_Size, _Size], tuple[_Size, _Size]] = {}
+
+
+def assemble(storages: Sequence[Storage], sections: Sequence[Section]) -> Tape:
+    """The tape of sections that were recorded one after the other."""
+    assembly = _Assembly(storages, _places(storages, sections))
+    parts = []
+    for steps, inputs, outputs in sections:
+        assembly.drafts = []
+        given = [assembly.root(number) for number in inputs]
+        for step in steps:
+            assembly.add(step)
+        wanted = [None if view is None else assembly.tensor(view) for view in outputs]
+        parts.append((assembly.drafts, given, wanted))
+    return Tape(assembly.slots, _finish(parts, assembly.slots), assembly.slabs())
+
+
+def _places(
+    storages: Sequence[Storage], sections: Sequence[Section]
+) -> dict[int, tuple[Slab, int]]:
+    """Slabs and offsets of what is allocated, but for large tensors and for outputs."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, step in enumerate(step for section in sections for step in section.steps):
+        if isinstance(step, Empty):
+            first[step.storage] = i
+        else:
+            read = step.tensors if isinstance(step, Start) else step.arguments
+            last.update((view.storage, i) for view in views_in(read))
+    outputs = {view.storage for section in sections for view in section.outputs if view}
+    needs = {
+        number: Need(start, last[number], _nbytes(storages[number].root))
+        for number, start in first.items()
+        if number in last and number not in outputs
+    }
+    needs = {number: need for number, need in needs.items() if 0 < need.nbytes <= SLAB // 2}
+    return dict(zip(needs, place(list(needs.values())), strict=True))
+
+
+def _nbytes(geometry: Geometry) -> int:
+    spans = zip(geometry.shape, geometry.strides, strict=True)
+    if 0 in geometry.shape:
+        return 0
+    return geometry.dtype.itemsize * (1 + sum((n - 1) * s for n, s in spans))
+
+
+class _Draft(NamedTuple):
+    """A call before it is known what later ones need."""
+
+    function: Callable[..., Any]
+    arguments: tuple[int, ...]
+    results: tuple[int, ...]
+    several: bool
+    matters: bool  # also where nobody needs the results
+
+
+class _Assembly:
+    """Calls as they come, on slots."""
+
+    def __init__(self, storages: Sequence[Storage], places: dict[int, tuple[Slab, int]]) -> None:
+        self.slots: Slots = []
+        self.drafts: list[_Draft] = []
+        self._storages, self._places = storages, places
+        self._roots: dict[int, int] = {}
+        self._slabs: dict[Any, int] = {}
+        self._views: dict[tuple[int, Geometry], int] = {}
+
+    def add(self, step: Empty | Operation | Start) -> None:
+        """Add a step's calls."""
+        if isinstance(step, Empty):
+            self._add_empty(step)
+        elif isinstance(step, Start):
+            self._add_start(step)
+        else:
+            arguments = tuple(map(self._argument, step.arguments))
+            results = tuple(
+                self._slot(None) if number is None else self.root(number) for number in step.results
+            )
+            self.drafts.append(_Draft(step.function, arguments, results, step.several, True))
+
+    def slabs(self) -> list[int]:
+        """Slots of the slabs, some more than once as tensors of two dtypes."""
+        return list(self._slabs.values())
+
+    def root(self, number: int) -> int:
+        """The slot of a storage's root."""
+        if number not in self._roots:
+            self._roots[number] = self._slot(self._storages[number].constant)
+        return self._roots[number]
+
+    def tensor(self, view: View) -> int:
+        """The slot of a tensor, made here if it is not there yet."""
+        base, offset = self._base(view)
+        geometry = view.geometry._replace(offset=view.geometry.offset + offset)
+        if view.storage not in self._places and geometry == self._storages[view.storage].root:
+            return base
+        slot = self._views.get((base, geometry))
+        if slot is None:
+            constant = self.slots[base]
+            if constant is None:
+                sizes = self._sizes(geometry)
+                slot = self._draft(torch.as_strided, base, *sizes, self._slot(geometry.offset))
+            else:
+                slot = self._slot(constant.as_strided(*geometry[1:]))
+            self._views[base, geometry] = slot
+        return slot
+
+    def _base(self, view: View) -> tuple[int, int]:
+        """The slot of what a tensor is a view of, and by how many elements its offset shifts."""
+        if view.storage not in self._places:
+            return self.root(view.storage), 0
+        slab, offset = self._places[view.storage]
+        dtype = view.geometry.dtype
+        return self._slabs[slab, dtype], offset // dtype.itemsize
+
+    def _add_empty(self, step: Empty) -> None:
+        geometry = self._storages[step.storage].root
+        if step.storage not in self._places:
+            empty = _empty(geometry.dtype, step.device)
+            self._roots[step.storage] = self._draft(empty, *self._sizes(geometry))
+            return
+        slab, _ = self._places[step.storage]
+        if slab not in self._slabs:
+            sizes = self._slot((slab.nbytes,)), self._slot((1,))
+            self._slabs[slab] = self._draft(_empty(torch.uint8, step.device), *sizes)
+        if (slab, geometry.dtype) not in self._slabs:
+            typed = self._draft(Tensor.view, self._slabs[slab], self._slot(geometry.dtype))
+            self._slabs[slab, geometry.dtype] = typed
+
+    def _add_start(self, step: Start) -> None:
+        bases: list[int] = []
+        geometries: list[Geometry | None] = []
+        offsets: list[int] = []
+        for view in step.tensors:
+            if view is None:
+                base, geometry, offset = self._slot(None), None, 0
+            else:
+                base, shift = self._base(view)
+                geometry = view.geometry._replace(offset=view.geometry.offset + shift)
+                placed = view.storage in self._places
+                first = 0 if placed else self._storages[view.storage].root.offset
+                offset = (geometry.offset - first) * geometry.dtype.itemsize
+            bases.append(base)
+            geometries.append(geometry)
+            offsets.append(offset)
+        kernel = self._slot(_Kernel(step.launch, geometries, offsets))
+        self.drafts.append(_Draft(start, (kernel, *bases), (), several=True, matters=True))
+
+    def _argument(self, value: Any) -> int:
+        if isinstance(value, View):
+            return self.tensor(value)
+        if isinstance(value, Listed):
+            items = [self._argument(item) for item in value.items]
+            values = [self.slots[item] for item in items]
+            if all(isinstance(v, Tensor) for v in values):
+                return self._slot(values)
+            return self._draft(_listed, *items)
+        return self._slot(value)
+
+    def _draft(self, function: Callable[..., Any], *arguments: int) -> int:
+        """Add a call that matters only if its result is needed: the slot of that."""
+        slot = self._slot(None)
+        self.drafts.append(_Draft(function, arguments, (slot,), several=False, matters=False))
+        return slot
+
+    def _sizes(self, geometry: Geometry) -> tuple[int, int]:
+        """The slots of shape and strides, which are kept once for all tapes."""
+        shape, strides = geometry.shape, geometry.strides
+        known = _known_sizes.setdefault((shape, strides), (shape, strides))
+        return self._slot(known[0]), self._slot(known[1])
+
+    def _slot(self, value: Any) -> int:
+        self.slots.append(value)
+        return len(self.slots) - 1
+
+
+def _finish(
+    parts: Sequence[tuple[list[_Draft], list[int], list[int | None]]], slots: Slots
+) -> list[Part]:
+    """The parts' calls, without those whose results nobody needs."""
+    finished: list[Part] = []
+    needed: set[int] = set()  # by what comes later
+    for drafts, inputs, outputs in reversed(parts):
+        wanted = {slot for slot in outputs if slot is not None and slots[slot] is None}
+        last = wanted - needed
+        needed |= wanted
+        calls = []
+        for draft in reversed(drafts):
+            if not draft.matters and needed.isdisjoint(draft.results):
+                continue
+            read = {slot for slot in draft.arguments if slots[slot] is None}
+            kept = [(i, slot) for i, slot in enumerate(draft.results) if slot in needed]
+            results = tuple(kept) if draft.several else kept[0][1] if kept else ()
+            calls.append(_call(draft.function, draft.arguments, results, tuple(read - needed)))
+            needed -= set(draft.results)
+            needed |= read
+        last |= set(inputs) - needed
+        needed -= set(inputs)
+        finished.append(Part(calls[::-1], inputs, outputs, frozenset(last)))
+    return finished[::-1]
+
+
+@functools.lru_cache(100_000)
+def _call(
+    function: Callable[..., Any], arguments: tuple[int, ...], results: Any, dead: tuple[int, ...]
+) -> Call:
+    """Calls of tapes for other shapes differ in the constants only, and are kept once."""
+    if len(arguments) < 2:  # which itemgetter does not give as a sequence
+        start = arguments[0] if arguments else 0
+        return Call(function, itemgetter(slice(start, start + len(arguments))), results, dead)
+    return Call(function, itemgetter(*arguments), results, dead)
+
+
+class _Kernel(NamedTuple):
+    """A kernel, and its tensors: geometries on the bases' storages, bytes from their data."""
+
+    launch: Launch
+    geometries: Sequence[Geometry | None]
+    offsets: Sequence[int]
+
+
+def start(kernel: _Kernel, *bases: Tensor | None) -> None:
+    """Start a kernel on tensors of which the bases are given."""
+    launch, geometries, offsets = kernel
+    if launch.known:
+        pairs = zip(bases, offsets, strict=True)
+        addresses = [None if base is None else base.data_ptr() + offset for base, offset in pairs]
+        launch.at(addresses, bases[0].get_device())  # type: ignore[union-attr]
+        return
+    launch(
+        *(
+            None if base is None else base.as_strided(*geometry[1:])  # type: ignore[index]
+            for base, geometry in zip(bases, geometries, strict=True)
+        )
+    )
+
+
+def _listed(*values: Any) -> list[Any]:
+    return list(values)
+
+
+@functools.cache
+def _empty(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    return functools.partial(torch.empty_strided, dtype=dtype, device=device)

@@ -1,0 +1,93 @@
+"""Calls out of slots: what is left of a computation when it is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Slots = list[Any]
+
+
+class Call(NamedTuple):
+    """A function, its arguments out of the slots, and where its results go.
+
+    ``results`` is a slot, or pairs of an index and a slot. Then the ``dead`` slots are emptied,
+    which no later call reads.
+    """
+
+    function: Callable[..., Any]
+    arguments: Callable[[Slots], Sequence[Any]]
+    results: int | tuple[tuple[int, int], ...]
+    dead: tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """Calls in a row, the slots of what they are given and of what is wanted of them."""
+
+    calls: Sequence[Call]
+    inputs: Sequence[int]
+    outputs: Sequence[int | None]
+    dead: frozenset[int]  # when all is done
+
+
+class Tape:
+    """Parts to be played one after the other, each on what those before it left in the slots.
+
+    Args:
+        slots: constants, and None where inputs and results come.
+        parts: see above.
+        shared: slots of memory that calls use one after the other.
+    """
+
+    def __init__(self, slots: Slots, parts: Sequence[Part], shared: Sequence[int]) -> None:
+        self.slots, self.parts, self._shared = slots, parts, shared
+
+    def start(self) -> Slots:
+        """Slots for the first part."""
+        return self.slots.copy()
+
+    def play_again(self, part: int, slots: Slots, inputs: Sequence[Tensor]) -> list[Any]:
+        """As ``play``, but leave slots and memory as they were, to be played on once more."""
+        memory = [slots[slot] for slot in self._shared if slots[slot] is not None]
+        values = [tensor.clone() for tensor in memory]
+        outputs = self.play(part, slots.copy(), inputs)
+        for tensor, value in zip(memory, values, strict=True):
+            tensor.copy_(value)
+        return outputs
+
+    def play(self, part: int, slots: Slots, inputs: Sequence[Tensor]) -> list[Any]:
+        """Make a part's calls, and return its outputs: tensors, None where that was recorded.
+
+        Args:
+            part: which one.
+            slots: as the part before left them; what no later part reads is dropped.
+            inputs: of the dtypes, shapes and strides of those recorded, at the start of storages.
+        """
+        calls, given, wanted, last = self.parts[part]
+        for slot, tensor in zip(given, inputs, strict=True):
+            slots[slot] = tensor
+        with (
+            torch.no_grad(),
+            torch._C._DisableAutocast(),
+            torch._C._AutoDispatchBelowADInplaceOrView(),
+        ):
+            for function, arguments, results, dead in calls:
+                value = function(*arguments(slots))
+                if results.__class__ is int:
+                    slots[results] = value
+                else:
+                    for i, slot in results:  # type: ignore[union-attr]
+                        slots[slot] = value[i]
+                value = None
+                for slot in dead:
+                    slots[slot] = None
+        outputs: list[Any] = [None if slot is None else slots[slot] for slot in wanted]
+        for i, place in enumerate(wanted):
+            if not (place is None or place in last):
+                outputs[i] = slots[place].detach()  # what goes out may get a history
+        for slot in last:
+            slots[slot] = None
+        return outputs
