@@ -11,9 +11,21 @@ import torch
 from torch import Tensor
 
 from ..ops.triton_support import Launch
+from .merging import merge_sums
 from .playing import Call, Part, Slots, Tape
 from .slabs import SLAB, Need, Slab, place
-from .steps import Empty, Geometry, Listed, Operation, Section, Start, Storage, View, views_in
+from .steps import (
+    Empty,
+    Geometry,
+    Listed,
+    Section,
+    Start,
+    Step,
+    Storage,
+    View,
+    nbytes,
+    touched,
+)
 
 _Size = tuple[int, ...]
 _known_sizes: dict[tuple[_Size, _Size], tuple[_Size, _Size]] = {}
@@ -21,6 +33,7 @@ _known_sizes: dict[tuple[_Size, _Size], tuple[_Size, _Size]] = {}
 
 def assemble(storages: Sequence[Storage], sections: Sequence[Section]) -> Tape:
     """The tape of sections that were recorded one after the other."""
+    sections = [merge_sums(section) for section in sections]
     assembly = _Assembly(storages, _places(storages, sections))
     parts = []
     for steps, inputs, outputs in sections:
@@ -43,23 +56,15 @@ def _places(
         if isinstance(step, Empty):
             first[step.storage] = i
         else:
-            read = step.tensors if isinstance(step, Start) else step.arguments
-            last.update((view.storage, i) for view in views_in(read))
+            last.update(dict.fromkeys(touched(step), i))
     outputs = {view.storage for section in sections for view in section.outputs if view}
     needs = {
-        number: Need(start, last[number], _nbytes(storages[number].root))
+        number: Need(start, last[number], nbytes(storages[number].root))
         for number, start in first.items()
         if number in last and number not in outputs
     }
     needs = {number: need for number, need in needs.items() if 0 < need.nbytes <= SLAB // 2}
     return dict(zip(needs, place(list(needs.values())), strict=True))
-
-
-def _nbytes(geometry: Geometry) -> int:
-    spans = zip(geometry.shape, geometry.strides, strict=True)
-    if 0 in geometry.shape:
-        return 0
-    return geometry.dtype.itemsize * (1 + sum((n - 1) * s for n, s in spans))
 
 
 class _Draft(NamedTuple):
@@ -83,7 +88,7 @@ class _Assembly:
         self._slabs: dict[Any, int] = {}
         self._views: dict[tuple[int, Geometry], int] = {}
 
-    def add(self, step: Empty | Operation | Start) -> None:
+    def add(self, step: Step) -> None:
         """Add a step's calls."""
         if isinstance(step, Empty):
             self._add_empty(step)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..ops.triton_support import Launch, LaunchRecorder
 from .assembling import assemble
 from .playing import Tape
-from .steps import Empty, Geometry, Listed, Operation, Section, Start, Storage, View
+from .steps import Empty, Geometry, Listed, Operation, Section, Start, Step, Storage, View
 
 aten = torch.ops.aten
 _EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
@@ -48,7 +48,7 @@ class Recorder(LaunchRecorder):
         self._storages: list[Storage] = []
         # By address. Nothing else gets a storage's while there is a weak reference to it.
         self._numbers: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._steps: list[Empty | Operation | Start] = []
+        self._steps: list[Step] = []
         self._sections: list[Section] = []
         for tensor in constants:
             self._hold(tensor)

@@ -68,20 +68,39 @@ class Start(NamedTuple):
     tensors: Sequence[View | None]
 
 
+Step = Empty | Operation | Start
+
+
 class Section(NamedTuple):
     """Steps in a row, the storages of what they were given, and what was wanted of them."""
 
-    steps: Sequence[Empty | Operation | Start]
+    steps: Sequence[Step]
     inputs: Sequence[int]
     outputs: Sequence[View | None]
 
 
-def views_in(arguments: Sequence[Any]) -> list[View]:
+def touched(step: Step) -> set[int]:
+    """The storages that a step reads or writes."""
+    if isinstance(step, Empty):
+        return {step.storage}
+    arguments = step.tensors if isinstance(step, Start) else step.arguments
+    return {view.storage for view in _views_in(arguments)}
+
+
+def nbytes(geometry: Geometry) -> int:
+    """From a tensor's first element to the end of its last one."""
+    if 0 in geometry.shape:
+        return 0
+    spans = zip(geometry.shape, geometry.strides, strict=True)
+    return geometry.dtype.itemsize * (1 + sum((n - 1) * stride for n, stride in spans))
+
+
+def _views_in(arguments: Sequence[Any]) -> list[View]:
     """The tensors among arguments, those in lists included."""
     found = []
     for argument in arguments:
         if isinstance(argument, View):
             found.append(argument)
         elif isinstance(argument, Listed):
-            found += views_in(argument.items)
+            found += _views_in(argument.items)
     return found

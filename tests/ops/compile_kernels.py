@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from mambavision_backbone import MambaVision
 from mambavision_backbone.inference import accelerate
 from mambavision_backbone.ops import mix, triton_support
+from mambavision_backbone.ops.row_sum import launch as row_sum
 from mambavision_backbone.ops.selective_scan.triton import launch as scan
 
 OPS = "mambavision_backbone.ops."
@@ -145,6 +146,14 @@ def main() -> None:
         for scan.FEW_CHUNKS in (1, 8):
             scan.scan(*tokens, parameters)
             scan.scan_backward(tokens[0], *tokens, parameters)
+
+    for dtype in TYPES:
+        parts, total = torch.randn(3, 5), torch.randn(5, dtype=dtype)
+        one = triton_support.Launch(
+            row_sum.kernels.row_sum, (1, 1, 1), (3, 5), (row_sum.BLOCK_ROWS,), row_sum.WARPS
+        )
+        merged, tensors = row_sum.merge([one, one], [(parts, total)] * 2)
+        merged(*tensors)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ KERNELS = {
     "layer_norm": ["forward", "backward", "map_forward", "map_backward"],
     "linear": ["column_sum"],
     "mlp": ["backward"],
+    "row_sum": ["row_sum", "eight_row_sums"],
     "selective_scan.triton": ["chunk_ends", "carry", "forward", "backward", "finish"],
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..row_sum.launch import row_sum
 from ..triton_support import Launch, ceil_div, launch, rows_of
 from . import kernels
 
@@ -60,7 +61,7 @@ def backward(
         (BLOCK_ROWS, BLOCK_D),
         WARPS,
     )  # fmt: skip
-    dw = dw.sum(0).t()[:, None].to(weight_x.dtype)
+    dw = row_sum(dw).t()[:, None].to(weight_x.dtype)
     return dxz, dw[:dim], dw[dim:]
 
 

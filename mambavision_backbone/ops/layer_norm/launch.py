@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..row_sum.launch import row_sum
 from ..triton_support import (
     Launch,
     ceil_div,
@@ -101,7 +102,7 @@ def _backward(
         (*options, ROWS, block),
         warps=max(2, block // 512),
     )  # fmt: skip
-    return dparam.sum(0)
+    return row_sum(dparam)
 
 
 class NormFunction(torch.autograd.Function):
@@ -213,7 +214,7 @@ class MapNormFunction(torch.autograd.Function):
             (block_p, block_c),
             warps,
         )  # fmt: skip
-        dparam = dparam.sum(0).to(weight.dtype)
+        dparam = row_sum(dparam).to(weight.dtype)
         return dx, dparam[0], dparam[1], None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..row_sum.launch import row_sum
 from ..triton_support import ceil_div, compute_dtype, launch, split_rows
 from . import kernels
 
@@ -15,8 +16,8 @@ BLOCK_ROWS, BLOCK_C, WARPS = 16, 128, 4
 PROGRAMS = 128  # along the rows, at most
 
 
-def column_sum(x: Tensor) -> Tensor:
-    """The sum over rows of (rows, C), in float32; PyTorch's takes three times as long."""
+def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over rows of (rows, C), added up in float32; PyTorch's takes thrice the time."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, channels = x.shape
     programs, tiles = split_rows(rows, BLOCK_ROWS, PROGRAMS)
@@ -29,7 +30,7 @@ def column_sum(x: Tensor) -> Tensor:
         (BLOCK_ROWS, BLOCK_C),
         WARPS,
     )
-    return parts.sum(0)
+    return row_sum(parts, dtype)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -50,5 +51,5 @@ class LinearFunction(torch.autograd.Function):
         """Gradients of the three inputs."""
         x, weight = ctx.saved_tensors
         dy = dy.flatten(0, 1)
-        grads = ((dy @ weight).view_as(x), dy.t() @ x.flatten(0, 1), column_sum(dy))
+        grads = ((dy @ weight).view_as(x), dy.t() @ x.flatten(0, 1), column_sum(dy, ctx.dtypes[2]))
         return tuple(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..linear.launch import BLOCK_C, BLOCK_ROWS, PROGRAMS, WARPS
+from ..row_sum.launch import row_sum
 from ..triton_support import ceil_div, compute_dtype, launch, split_rows
 from . import kernels
 
 
-def _gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gelu(h), the gradient of h, and in float32 its sum over rows; all (rows, C)."""
+def _gelu_backward(dg: Tensor, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(h), the gradient of h, and in a dtype its sum over rows; all (rows, C)."""
     rows, channels = h.shape
     programs, tiles = split_rows(rows, BLOCK_ROWS, PROGRAMS)
     g, dh = torch.empty_like(h), torch.empty_like(h)
@@ -28,7 +29,7 @@ def _gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (BLOCK_ROWS, BLOCK_C),
         WARPS,
     )
-    return g, dh, db.sum(0)
+    return g, dh, row_sum(db, dtype)
 
 
 class MlpFunction(torch.autograd.Function):
@@ -51,7 +52,7 @@ class MlpFunction(torch.autograd.Function):
         x, weight1, bias1, weight2 = ctx.saved_tensors
         x_rows, dy_rows = x.flatten(0, 1), dy.flatten(0, 1)
         h = torch.addmm(bias1, x_rows, weight1.t())
-        g, dh, dbias1 = _gelu_backward(dy_rows @ weight2, h)
+        g, dh, dbias1 = _gelu_backward(dy_rows @ weight2, h, ctx.dtypes[1])
         grads = (dh.t() @ x_rows, dbias1, dy_rows.t() @ g)
         dx = (dh @ weight1).view_as(x).to(ctx.x_dtype)
         return dx, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
