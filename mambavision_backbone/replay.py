@@ -72,6 +72,9 @@ class TrainingReplays(TrainingPasses):
         return _Recording(self, key, forward, network)
 
     def _run(self, known: _Recording | _Replay, x: Tensor) -> Maps:
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return self._run(known, x)
         assert self._snapshot is not None
         return _Run.apply(known, x, *self._snapshot.weights)
 
@@ -195,7 +198,7 @@ class _Replay:
 
     def backward(self, slots: Slots, given: Sequence[Tensor | None], retain: bool) -> Grads:
         """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
-        play = self._tape.play_again if retain else self._tape.play
+        play = self._tape.play_again if retain else self._tape.play  # on autograd's device
         return self.ends.choose(given, play(_BACKWARD, slots, self.ends.fill(given)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.replay import TrainingReplays
-from mambavision_backbone.tape.assembling import start
+from mambavision_backbone.tape.kernels import start
 from tests.conftest import relative_error
 from tests.ops.test_fused_network import set_fused
 from tests.passes import A, B, C, both, images, loss_of, moved, same

@@ -27,7 +27,8 @@ _WIDE = 2**31  # the first integer that takes 64 bits
 _by_specialisation: dict[tuple[Any, ...], Any] = {}
 _by_arguments: dict[tuple[Any, ...], Any] = {}
 _MAX_ARGUMENTS = 10_000
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0)
+STREAM = 3  # of what a kernel is started with: behind the grid
 _starter: list[Any] = [None]  # makes that of a compiled kernel; None: Triton's lookup, always
 
 
@@ -184,7 +185,7 @@ def launch(
             _by_arguments.clear()
         _by_arguments[key] = start
     run, more = start
-    run(*grid, _raw_stream(device), *more, *addresses, *numbers, *constants)
+    run(*grid, raw_stream(device), *more, *addresses, *numbers, *constants)
     return start
 
 
@@ -217,13 +218,20 @@ class Launch:
                 self.kernel, self.grid, tensors, self.numbers, self.constants, self.warps
             )
             return
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self.at(addresses, tensors[0].get_device())  # type: ignore[union-attr]
-
-    def at(self, addresses: Sequence[int | None], device: int) -> None:
-        """Start a kernel that is known, on what lies at the addresses."""
         run, more = self.known
-        run(*self.grid, _raw_stream(device), *more, *addresses, *self.numbers, *self.constants)
+        stream = raw_stream(tensors[0].get_device())  # type: ignore[union-attr]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        run(*self.grid, stream, *more, *addresses, *self.numbers, *self.constants)
+
+    def call_of(self, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Any], int]:
+        """What starts a kernel that is known, with which arguments, and where addresses begin.
+
+        The stream, at ``STREAM``, is left to the caller.
+        """
+        run, more = self.known
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        first = STREAM + 1 + len(more)
+        return run, [*self.grid, 0, *more, *addresses, *self.numbers, *self.constants], first
 
 
 class LaunchRecorder(TorchDispatchMode):

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.triton_support import Launch
+from .kernels import KernelStart, Operand, empty, make_view, start
 from .merging import merge_sums
 from .playing import Call, Part, Slots, Tape
 from .slabs import SLAB, Need, Slab, place
 from .steps import (
     Empty,
-    Geometry,
     Listed,
     Section,
     Start,
@@ -86,7 +85,7 @@ class _Assembly:
         self._storages, self._places = storages, places
         self._roots: dict[int, int] = {}
         self._slabs: dict[Any, int] = {}
-        self._views: dict[tuple[int, Geometry], int] = {}
+        self._views: dict[tuple[int, tuple[_Size, _Size], int], int] = {}
 
     def add(self, step: Step) -> None:
         """Add a step's calls."""
@@ -113,60 +112,56 @@ class _Assembly:
 
     def tensor(self, view: View) -> int:
         """The slot of a tensor, made here if it is not there yet."""
-        base, offset = self._base(view)
-        geometry = view.geometry._replace(offset=view.geometry.offset + offset)
-        if view.storage not in self._places and geometry == self._storages[view.storage].root:
+        base, shift = self._base(view)
+        sizes = view.geometry.shape, view.geometry.strides
+        if view.storage not in self._places and view.geometry == self._storages[view.storage].root:
             return base
-        slot = self._views.get((base, geometry))
+        slot = self._views.get((base, sizes, shift))
         if slot is None:
             constant = self.slots[base]
             if constant is None:
-                sizes = self._sizes(geometry)
-                slot = self._draft(torch.as_strided, base, *sizes, self._slot(geometry.offset))
+                slot = self._draft(make_view, base, *self._sizes(*sizes), self._slot(shift))
             else:
-                slot = self._slot(constant.as_strided(*geometry[1:]))
-            self._views[base, geometry] = slot
+                slot = self._slot(make_view(constant, *sizes, shift))
+            self._views[base, sizes, shift] = slot
         return slot
 
     def _base(self, view: View) -> tuple[int, int]:
-        """The slot of what a tensor is a view of, and by how many elements its offset shifts."""
+        """The slot of what a tensor is a view of, and elements from the start of that to its."""
         if view.storage not in self._places:
-            return self.root(view.storage), 0
+            first = self._storages[view.storage].root.offset
+            return self.root(view.storage), view.geometry.offset - first
         slab, offset = self._places[view.storage]
         dtype = view.geometry.dtype
-        return self._slabs[slab, dtype], offset // dtype.itemsize
+        return self._slabs[slab, dtype], view.geometry.offset + offset // dtype.itemsize
 
     def _add_empty(self, step: Empty) -> None:
         geometry = self._storages[step.storage].root
         if step.storage not in self._places:
-            empty = _empty(geometry.dtype, step.device)
-            self._roots[step.storage] = self._draft(empty, *self._sizes(geometry))
+            self._roots[step.storage] = self._empty(*geometry[:3], step.device)
             return
         slab, _ = self._places[step.storage]
         if slab not in self._slabs:
-            sizes = self._slot((slab.nbytes,)), self._slot((1,))
-            self._slabs[slab] = self._draft(_empty(torch.uint8, step.device), *sizes)
+            self._slabs[slab] = self._empty(torch.uint8, (slab.nbytes,), (1,), step.device)
         if (slab, geometry.dtype) not in self._slabs:
             typed = self._draft(Tensor.view, self._slabs[slab], self._slot(geometry.dtype))
             self._slabs[slab, geometry.dtype] = typed
 
     def _add_start(self, step: Start) -> None:
         bases: list[int] = []
-        geometries: list[Geometry | None] = []
-        offsets: list[int] = []
+        operands: list[Operand | Tensor | None] = []
         for view in step.tensors:
             if view is None:
-                base, geometry, offset = self._slot(None), None, 0
-            else:
-                base, shift = self._base(view)
-                geometry = view.geometry._replace(offset=view.geometry.offset + shift)
-                placed = view.storage in self._places
-                first = 0 if placed else self._storages[view.storage].root.offset
-                offset = (geometry.offset - first) * geometry.dtype.itemsize
-            bases.append(base)
-            geometries.append(geometry)
-            offsets.append(offset)
-        kernel = self._slot(_Kernel(step.launch, geometries, offsets))
+                operands.append(None)
+                continue
+            base, shift = self._base(view)
+            if self.slots[base] is not None:  # a constant
+                operands.append(self.slots[self.tensor(view)])
+                continue
+            if base not in bases:
+                bases.append(base)
+            operands.append(Operand(bases.index(base), view.geometry, shift))
+        kernel = self._slot(KernelStart(step.launch, operands))
         self.drafts.append(_Draft(start, (kernel, *bases), (), several=True, matters=True))
 
     def _argument(self, value: Any) -> int:
@@ -186,9 +181,12 @@ class _Assembly:
         self.drafts.append(_Draft(function, arguments, (slot,), several=False, matters=False))
         return slot
 
-    def _sizes(self, geometry: Geometry) -> tuple[int, int]:
-        """The slots of shape and strides, which are kept once for all tapes."""
-        shape, strides = geometry.shape, geometry.strides
+    def _empty(self, dtype: torch.dtype, shape: _Size, strides: _Size, device: Any) -> int:
+        others = self._slot(dtype), self._slot(device)
+        return self._draft(empty, *self._sizes(shape, strides), *others)
+
+    def _sizes(self, shape: _Size, strides: _Size) -> tuple[int, int]:
+        """The slots of both, which are kept once for all tapes."""
         known = _known_sizes.setdefault((shape, strides), (shape, strides))
         return self._slot(known[0]), self._slot(known[1])
 
@@ -234,34 +232,5 @@ def _call(
     return Call(function, itemgetter(*arguments), results, dead)
 
 
-class _Kernel(NamedTuple):
-    """A kernel, and its tensors: geometries on the bases' storages, bytes from their data."""
-
-    launch: Launch
-    geometries: Sequence[Geometry | None]
-    offsets: Sequence[int]
-
-
-def start(kernel: _Kernel, *bases: Tensor | None) -> None:
-    """Start a kernel on tensors of which the bases are given."""
-    launch, geometries, offsets = kernel
-    if launch.known:
-        pairs = zip(bases, offsets, strict=True)
-        addresses = [None if base is None else base.data_ptr() + offset for base, offset in pairs]
-        launch.at(addresses, bases[0].get_device())  # type: ignore[union-attr]
-        return
-    launch(
-        *(
-            None if base is None else base.as_strided(*geometry[1:])  # type: ignore[index]
-            for base, geometry in zip(bases, geometries, strict=True)
-        )
-    )
-
-
 def _listed(*values: Any) -> list[Any]:
     return list(values)
-
-
-@functools.cache
-def _empty(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    return functools.partial(torch.empty_strided, dtype=dtype, device=device)

@@ -107,7 +107,7 @@ def fails(_kernel: Kernel, *_: Any) -> None:
 def _own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_support, "_by_specialisation", {})
     monkeypatch.setattr(triton_support, "_by_arguments", {})
-    monkeypatch.setattr(triton_support, "_raw_stream", lambda _: 0)
+    monkeypatch.setattr(triton_support, "raw_stream", lambda _: 0)
     monkeypatch.setattr(triton_support, "_starter", [triton_support._by_call])
 
 
