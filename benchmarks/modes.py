@@ -7,7 +7,8 @@ Inference: ``amp`` is float32 weights under autocast; ``half`` weights in half p
 MambaVision by ``accelerate``, which also folds batch norms), kernels launched one by one; ``graph``
 the same as a CUDA graph (for MambaVision by ``accelerate``, its copies in and out included);
 ``compiled`` torch.compile(mode="reduce-overhead"), which uses CUDA graphs too. Training is forward
-and backward under autocast, with gradients given for the maps: ``eager``; ``graphs`` as
+and backward under autocast, with gradients given for the maps: ``eager``, kernels launched one by
+one as users have it (MambaVision's by ``replay``, ``modules`` without); ``graphs`` as
 ``MambaVision(graphs=...)`` does it for every shape; ``graph`` with the whole pass in one CUDA graph
 of the benchmark's own; ``compiled``. All in channels-last. The median of the runs, host included;
 the most memory that PyTorch allocates, captures included; and what CUDA graphs keep for themselves
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from mambavision_backbone import MambaVision
 from mambavision_backbone.graphs import TrainingGraphs
 from mambavision_backbone.inference import FastBackbone, accelerate
+from mambavision_backbone.replay import TrainingReplays
 
 DETECTION, SEGMENTATION, CLASSIFICATION = (8, 8, 112, 56), (8, 8, 64, 32), (8, 8, 14, 7)
 COCO, ADE, IMAGENET = (2, 800, 1344), (16, 512, 512), (128, 224, 224)  # images, height, width
@@ -182,13 +184,20 @@ def training(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Calla
 
         return run
 
+    def modules() -> Run:
+        model._replays = TrainingReplays(wanted=False)  # type: ignore[assignment]
+        return step
+
     def graphs() -> Run:  # the last: the network keeps them
         model._graphs = TrainingGraphs(limit=1)  # type: ignore[assignment]
         return step
 
     parameters = list(model.parameters())
-    modes = {"eager": lambda: step, "graph": lambda: replayed(step), "compiled": compiled}
-    return {**modes, "graphs": graphs} if isinstance(model, MambaVision) else modes
+    modes: dict[str, Callable[[], Run]] = {"eager": lambda: step}
+    modes |= {"graph": lambda: replayed(step), "compiled": compiled}
+    if isinstance(model, MambaVision):
+        modes |= {"modules": modules, "graphs": graphs}
+    return modes
 
 
 def exact_maps(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ MambaVision's inference. Drawn into docs/images, from a stopped run's file, too 
 
 Varying shapes: twenty padded sizes of COCO images, two a batch, in turn; inference and training as
 each network is used where shapes vary: kernel by kernel (``eager``), MambaVision also by its
-``graphs``. The first two rounds are reported apart from the later ones: in the first one kernels
+``graphs``, and in training without ``replay`` (``modules``). The first two rounds are reported apart from the later ones: in the first one kernels
 are compiled and algorithms chosen, in the second graphs are captured; memory is the most that
 PyTorch allocates in them and what graphs keep for themselves. The later rounds of all networks take
 turns, as the host's speed, which kernel by kernel is what counts, may change from second to second.
@@ -43,6 +43,7 @@ from torch import nn
 from mambavision_backbone import MambaVision
 from mambavision_backbone.graphs import TrainingGraphs
 from mambavision_backbone.inference import accelerate
+from mambavision_backbone.replay import TrainingReplays
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -153,14 +154,18 @@ def in_turn(
 ) -> list[dict[str, Any]]:
     """A round of each network, then the next of each: hosts are not as fast all the time."""
     dtype = getattr(torch, args.dtype)
-    modes = [(name, 0) for name in VARYING] + [(VARYING[0], len(COCO))]
+    ours = ["graphs", "modules"] if pass_ == "training" else ["graphs"]
+    modes = [(name, "eager") for name in VARYING] + [(VARYING[0], mode) for mode in ours]
     rows, runs = [], []
-    for name, graphs in modes:
-        mode = "graphs" if graphs else "eager"
+    for name, mode in modes:
         show(f"{name}, {pass_}, {mode}, shapes in turn")
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run = stepper(build(name, pass_), pass_, graphs, dtype)
+        model = build(name, pass_)
+        if mode == "modules":
+            model._replays = TrainingReplays(wanted=False)  # type: ignore[assignment]
+        run = stepper(model, pass_, len(COCO) if mode == "graphs" else 0, dtype)
+        del model
         row = {"network": name, "pass": pass_, "mode": mode, "commit": facts["commit"]}
         row["first_rounds_s"] = a_round(run, inputs) + a_round(run, inputs)
         row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
