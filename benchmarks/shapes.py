@@ -10,10 +10,11 @@ MambaVision's inference. Drawn into docs/images, from a stopped run's file, too 
 
 Varying shapes: twenty padded sizes of COCO images, two a batch, in turn; inference and training as
 each network is used where shapes vary: kernel by kernel (``eager``), MambaVision also by its
-``graphs``, and in training without ``replay`` (``modules``). The first two rounds are reported apart from the later ones: in the first one kernels
-are compiled and algorithms chosen, in the second graphs are captured; memory is the most that
-PyTorch allocates in them and what graphs keep for themselves. The later rounds of all networks take
-turns, as the host's speed, which kernel by kernel is what counts, may change from second to second.
+``graphs``, and in training without ``replay`` (``modules``). The first two rounds are reported
+apart from the later ones: in the first one kernels are compiled and algorithms chosen, in the
+second graphs are captured and passes recorded; memory is the most that PyTorch allocates in them
+and what graphs keep for themselves. The later rounds of all networks take turns, as the host's
+speed, which kernel by kernel is what counts, may change from second to second.
 
 Recipe: training passes over the shapes that the recipes' multi-scale augmentation makes of batches
 of two images of COCO's commonest sizes, some four hundred: MambaVision by graphs of all shapes that

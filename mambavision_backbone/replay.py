@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves, reached
 from .tape import Recorder, Slots, Tape
 
-MAX_SHAPES = 1000
+MAX_SHAPES = 512  # half a megabyte of the host's memory each
 Grads = list[Tensor | None]
 
 _FORWARD, _BACKWARD = 0, 1  # the parts of a tape

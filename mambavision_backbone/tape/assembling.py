@@ -27,6 +27,7 @@ from .steps import (
 )
 
 _Size = tuple[int, ...]
+_numbers: list[int] = []  # of slots: tapes share what they can, since many are kept
 _known_sizes: dict[tuple[_Size, _Size], tuple[_Size, _Size]] = {}
 
 
@@ -192,7 +193,9 @@ class _Assembly:
 
     def _slot(self, value: Any) -> int:
         self.slots.append(value)
-        return len(self.slots) - 1
+        if len(_numbers) < len(self.slots):
+            _numbers.append(len(_numbers))
+        return _numbers[len(self.slots) - 1]
 
 
 def _finish(

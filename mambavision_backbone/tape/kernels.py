@@ -88,7 +88,10 @@ class KernelStart:
             for i, operand in enumerate(self._operands)
             if isinstance(operand, Operand)
         ]
+        for i, _, _ in moving:
+            arguments[i] = 0
         self._known = run, arguments, device, moving
+        self._operands = ()  # many tapes may be kept
 
 
 def start(kernel: KernelStart, *bases: Tensor) -> None:
