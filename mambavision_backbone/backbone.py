@@ -203,6 +203,13 @@ class MambaVision(BaseModule):
                         module.eval()
         return self
 
+    def _apply(self, *args: Any, **kwargs: Any) -> MambaVision:
+        """Move or cast; recorded passes would keep the memory that weights were in."""
+        if hasattr(self, "_replays"):
+            self._graphs.forget()
+            self._replays.forget()
+        return super()._apply(*args, **kwargs)
+
     def _frozen_parts(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .capture import GraphMemory, unowned
-from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves
+from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves, uncached_autocast
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -54,7 +54,11 @@ class TrainingGraphs(TrainingPasses):
         free = ticket is None or ticket.used
         return free and super()._applies(network, x)
 
-    def _make(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> _Pass | None:
+    def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
+        captured = self._capture(key, forward, network, x)
+        return self._watched(forward(x), key) if captured is None else self._again(captured, x)
+
+    def _capture(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> _Pass | None:
         """Capture a pass.
 
         Raises:
@@ -80,7 +84,7 @@ class TrainingGraphs(TrainingPasses):
         self._stop(reason)
         return None
 
-    def _run(self, known: _Pass, x: Tensor) -> Maps:
+    def _again(self, known: _Pass, x: Tensor) -> Maps:
         ticket = _Ticket()
         self._under_way = weakref.ref(ticket)
         return _Replay.apply(known, ticket, x, *known.weights)
@@ -98,9 +102,10 @@ class TrainingGraphs(TrainingPasses):
         if not self._passes:
             self._memory = None
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop what was captured, and the memory that it keeps."""
         self._memory = None
-        super()._forget()
+        super().forget()
 
 
 class _Ticket:
@@ -124,7 +129,7 @@ class _Pass:
         self.x = memory.image(x, _input_dtype(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with other_leaves(network, self.weights) as leaves:
-            with memory.capture(self._forward), _autocast():
+            with memory.capture(self._forward), uncached_autocast("cuda"):
                 maps = forward(self.x)
                 values = [m.detach() for m in maps]
                 self._maps = [memory.buffer(("map", i), m) for i, m in enumerate(values)]
@@ -185,13 +190,6 @@ def _input_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
         return torch.get_autocast_dtype("cuda")
     return x.dtype
-
-
-def _autocast() -> torch.autocast:
-    """Autocast as it is, but without weights that were cast before."""
-    enabled = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda")
-    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
 
 
 def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

@@ -19,7 +19,6 @@ logger = logging.getLogger("mambavision_backbone")
 Maps = tuple[Tensor, ...]
 Forward = Callable[[Tensor], Maps]
 _MEMBERS = "_modules", "_parameters", "_buffers"
-_SETTINGS = "training", "drop_path_rate", "momentum"
 
 # So often passes may be of use for less than so many runs: then the network changes all the time.
 MAX_SHORT_LIVES, SHORT_LIFE = 16, 10
@@ -36,6 +35,8 @@ class TrainingPasses(ABC):
         limit: the first so many shapes that come twice; all others run as they are.
     """
 
+    level = logging.WARNING  # of a message that there will be no more of them
+
     def __init__(self, what: str, limit: int) -> None:
         self._what = what
         self.limit = limit
@@ -51,35 +52,47 @@ class TrainingPasses(ABC):
         if not self._applies(network, x):
             return forward(x)
         if self._snapshot is not None and not self._snapshot.holds(network):
-            self._forget()
+            self.forget()
         key = _key(x)
         known = self._passes.get(key)
-        room = len(self._passes) < self.limit and not self._stopped
-        if known is None and room and key in self._seen:
+        if known is not None:
+            self._runs += 1
+            return self._again(known, x)
+        if key in self._seen and len(self._passes) < self.limit and not self._stopped:
             self._snapshot = self._snapshot or Snapshot(network)
-            known = self._make(key, forward, network, x)
-        if known is None:
-            return self._watched(forward(x), key)
-        self._runs += 1
-        return self._run(known, x)
+            return self._second(key, forward, network, x)
+        return self._watched(forward(x), key)
+
+    def forget(self) -> None:
+        """Weights were moved, frozen or replaced: what was made is of the past."""
+        self._passes.clear()
+        self._seen.clear()
+        if self._snapshot is None:
+            return
+        self._snapshot = None
+        self._short_lives += self._runs < SHORT_LIFE
+        self._runs = 0
+        if self._short_lives == MAX_SHORT_LIVES:
+            self._stop("the network changes all the time")
 
     @abstractmethod
-    def _make(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Any:
-        """A pass of the shape that ``_run`` takes, or None; kept under the key when it is done."""
+    def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
+        """``forward(x)`` of a shape that comes again; makes what later passes are run by."""
 
     @abstractmethod
-    def _run(self, known: Any, x: Tensor) -> Maps:
-        """The maps of x by a pass that was made."""
+    def _again(self, known: Any, x: Tensor) -> Maps:
+        """The maps of x by what was made."""
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
         return (
             self.limit > 0
             and not (self._stopped and not self._passes)
+            and not traced()
             and network.training
             and on_gpu(x)
-            and not traced()
             and torch.is_grad_enabled()
             and not torch.is_anomaly_enabled()  # it looks at values in between
+            and not _saves_otherwise()
             and not x.requires_grad
             and any(p.requires_grad for p in network.parameters())
         )
@@ -95,51 +108,56 @@ class TrainingPasses(ABC):
         self._stopped = True
         if not self._passes:
             self._snapshot = None
-        logger.warning("no more %s, going on without: %s", self._what, reason)
-
-    def _forget(self) -> None:
-        """Weights were moved, frozen or replaced: what was made is of the past."""
-        self._snapshot = None
-        self._passes.clear()
-        self._seen.clear()
-        self._short_lives += self._runs < SHORT_LIFE
-        self._runs = 0
-        if self._short_lives == MAX_SHORT_LIVES:
-            self._stop("the network changes all the time")
+        logger.log(self.level, "no more %s, going on without: %s", self._what, reason)
 
 
 class Snapshot:
     """What passes depend on: modules, their settings, tensors and addresses.
 
     Attributes:
+        parameters: all.
         weights: the trained ones.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._tensors = [*network.parameters(), *network.buffers()]
+        self.parameters = list(network.parameters())
+        self._tensors = [*self.parameters, *network.buffers()]
         self.weights = [p for p in network.parameters() if p.requires_grad]
         # The network, which keeps this, is not kept, nor are its settings.
-        self._settings = [module.__dict__ for module in network.modules() if module is not network]
+        self._modules = [module for module in network.modules() if module is not network]
         members = [getattr(m, kind) for m in network.modules() for kind in _MEMBERS]
         self._empty = [group for group in members if not group]
         self._members = [group for group in members if group]
         self._kept = list(self._all_members())  # so that nothing else gets their identity
+        self._settings = self._settings_now()
         self._facts = self._facts_of(network)
 
     def holds(self, network: nn.Module) -> bool:
         """Whether the network is as it was."""
-        return not any(self._empty) and self._facts_of(network) == self._facts
+        try:
+            same = self._settings_now() == self._settings
+        except Exception:  # of values that do not compare
+            return False
+        return same and not any(self._empty) and self._facts_of(network) == self._facts
+
+    def _settings_now(self) -> list[tuple[Any, ...]]:
+        return [tuple(module.__dict__.values()) for module in self._modules]
 
     def _facts_of(self, network: nn.Module) -> list[Any]:
-        facts: list[Any] = [network.training, *map(id, self._all_members())]
+        facts: list[Any] = [network.training, *map(type, self._modules)]
+        facts += map(id, self._all_members())
         facts += [tensor.data_ptr() for tensor in self._tensors]
         facts += [tensor.requires_grad for tensor in self._tensors]
-        for name in _SETTINGS:
-            facts += [own.get(name) for own in self._settings]
         return facts
 
     def _all_members(self) -> Iterator[Any]:
         return chain.from_iterable(group.values() for group in self._members)
+
+
+def _saves_otherwise() -> bool:
+    """Whether what is saved for the backward pass is to be computed again, say, or moved away."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -176,36 +194,45 @@ def gradients(
     leaves: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> list[Tensor | None]:
-    """Gradients of the leaves, each with its leaf's strides, as optimizers expect it."""
+    """Gradients of the leaves, each with its leaf's strides, as optimizers expect it.
+
+    None for leaves that the maps do not depend on, and those that were frozen meanwhile.
+    """
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
     grads = torch.autograd.grad(
-        maps, leaves, grad_maps, retain_graph=retain_graph, allow_unused=True
+        maps, trained, grad_maps, retain_graph=retain_graph, allow_unused=True
     )
-    return [_laid_out_as(grad, leaf) for grad, leaf in zip(grads, leaves, strict=True)]
+    by_leaf = {id(leaf): grad for leaf, grad in zip(trained, grads, strict=True)}
+    return [_laid_out_as(by_leaf.get(id(leaf)), leaf) for leaf in leaves]
 
 
-def reached(maps: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[set[int]]:
-    """For each map, which of the leaves it depends on."""
-    numbers = {id(leaf): i for i, leaf in enumerate(leaves)}
-    return [_reached_from((m.grad_fn, m.output_nr), numbers) for m in maps]
+def reached(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[set[int]] | None:
+    """For each map, numbers of the weights that it depends on; None if on others, too."""
+    numbers = {id(weight): i for i, weight in enumerate(weights)}
+    found = [_leaves(m) for m in maps]
+    if not numbers.keys() >= set().union(*found):
+        return None
+    return [{numbers[leaf] for leaf in leaves} for leaves in found]
 
 
-def _reached_from(edge: Any, numbers: dict[int, int]) -> set[int]:
-    found, seen, edges = set(), set(), [edge]
+def _leaves(x: Tensor) -> set[int]:
+    """Identities of what a tensor can be differentiated by."""
+    leaves: set[int] = set()
+    seen: set[Any] = set()
+    edges: list[Any] = [(x.grad_fn, x.output_nr)]
     while edges:
         function, output = edges.pop()
-        if function is None:
-            continue
+        # Some have outputs that each depend on one input.
         separate = getattr(getattr(function, "_forward_cls", None), "separate", False)
         key = function, output if separate else None
-        if key in seen:
+        if function is None or key in seen:
             continue
         seen.add(key)
-        leaf = getattr(function, "variable", None)
-        if leaf is not None and id(leaf) in numbers:
-            found.add(numbers[id(leaf)])
+        if hasattr(function, "variable"):
+            leaves.add(id(function.variable))
         following = function.next_functions
         edges += following[output : output + 1] if separate else following
-    return found
+    return leaves
 
 
 def _laid_out_as(grad: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -215,8 +242,28 @@ def _laid_out_as(grad: Tensor | None, weight: Tensor) -> Tensor | None:
     return torch.empty_like(weight).copy_(grad)
 
 
+def uncached_autocast(device: str) -> torch.autocast:
+    """Autocast as it is, but without weights that were cast before."""
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
+
+
 def _key(x: Tensor) -> Any:
     """What passes are made for."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return x.shape, x.dtype, autocast
+    return x.shape, x.dtype, autocast, *_switches()
+
+
+def _switches() -> tuple[bool, ...]:
+    """What PyTorch chooses operators by."""
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )

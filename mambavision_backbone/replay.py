@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
-from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves, reached
+from .passes import (
+    Forward,
+    Maps,
+    Snapshot,
+    TrainingPasses,
+    gradients,
+    reached,
+    uncached_autocast,
+)
 from .tape import Recorder, Slots, Tape
 
 MAX_SHAPES = 512  # half a megabyte of the host's memory each
@@ -41,6 +50,8 @@ class TrainingReplays(TrainingPasses):
         wanted: False runs all passes as they are.
     """
 
+    level = logging.INFO  # nobody asked for them
+
     def __init__(self, wanted: bool) -> None:
         super().__init__("replays", MAX_SHAPES if wanted and _retains_graph else 0)
         self._wanted = wanted
@@ -51,47 +62,54 @@ class TrainingReplays(TrainingPasses):
         """Leave what was recorded out of copies."""
         return TrainingReplays, (self._wanted,)
 
-    def finish(self, key: Any, replay: _Replay, refusal: str | None) -> None:
-        """Take a pass that was recorded to its end."""
+    def finish(self, key: Any, replay: _Replay, snapshot: Snapshot, refusal: str | None) -> None:
+        """Take a pass that was recorded to its end, unless the network has changed since."""
         if refusal:
             self._stop(refusal)
-        else:
+        elif snapshot is self._snapshot:
             self._passes[key] = replay
+
+    def forget(self) -> None:
+        """Drop what was recorded, and the memory that it keeps."""
+        self._hooks, self.kept = [], {}
+        super().forget()
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
         return super()._applies(network, x) and not any(self._hooks)
 
-    def _make(self, key: Any, forward: Forward, network: nn.Module, _x: Tensor) -> Any:
-        if reason := _unusual(network):
+    def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
+        reason = _unusual(network)
+        if reason:
             self._stop(reason)
-            return None
+            return forward(x)
         self._hooks = _hooks(network)
         if any(self._hooks):
-            return None
+            return forward(x)
+        assert self._snapshot is not None
         self._seen.discard(key)  # until there is a backward pass, too
-        return _Recording(self, key, forward, network)
+        recording = _Recording(self, key, self._snapshot)
+        maps = recording.record(forward, network, x)
+        if recording.refusal:
+            self._stop(recording.refusal)
+            return maps
+        return _Run.apply(recording, x, *recording.weights)
 
-    def _run(self, known: _Recording | _Replay, x: Tensor) -> Maps:
+    def _again(self, known: _Replay, x: Tensor) -> Maps:
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
             with torch.cuda.device(x.device):
-                return self._run(known, x)
-        assert self._snapshot is not None
-        return _Run.apply(known, x, *self._snapshot.weights)
-
-    def _forget(self) -> None:
-        self._hooks = []
-        self.kept = {}
-        super()._forget()
+                return self._again(known, x)
+        return _Run.apply(known, x, *known.weights)
 
 
 class _Run(torch.autograd.Function):
     """A pass as one function of autograd, of an image and the trained weights."""
 
     @staticmethod
-    def forward(ctx: Any, known: _Recording | _Replay, x: Tensor, *weights: Tensor) -> Maps:
+    def forward(ctx: Any, known: _Recording | _Replay, x: Tensor, *_weights: Tensor) -> Maps:
         ctx.set_materialize_grads(False)
-        ctx.known, ctx.weights, ctx.version = known, weights, _version(weights)
-        maps, ctx.state = known.forward(x, weights)
+        ctx.known, ctx.read = known, [x, *known.parameters]
+        ctx.version = _version(ctx.read)
+        maps, ctx.state = known.forward(x)
         trained = known.ends.trained
         ctx.mark_non_differentiable(*[m for i, m in enumerate(maps) if i not in trained])
         return tuple(maps)
@@ -105,10 +123,10 @@ class _Run(torch.autograd.Function):
                 "trying to backward through the graph a second time: give retain_graph=True "
                 "the first time"
             )
-        if _version(ctx.weights) != ctx.version:
+        if _version(ctx.read) != ctx.version:
             raise RuntimeError(
-                "weights needed for gradient computation have been modified by an inplace "
-                "operation: step optimizers after backward()"
+                "the image or weights needed for gradient computation have been modified by an "
+                "inplace operation: step optimizers after backward()"
             )
         assert _retains_graph is not None
         retain = _retains_graph()
@@ -120,10 +138,10 @@ class _Run(torch.autograd.Function):
 class _Ends:
     """What a pass is given and gives: its trained maps, and the gradients that they lead to."""
 
-    def __init__(self, maps: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    def __init__(self, maps: Sequence[Tensor], reach: Sequence[set[int]]) -> None:
         self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
         trained = [maps[i] for i in self.trained]
-        self._reached = reached(trained, leaves)
+        self._reached = reach
         self._like = [(m.shape, m.stride(), m.dtype, m.device) for m in trained]
 
     def fill(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -149,49 +167,61 @@ class _Ends:
 
 
 class _Recording:
-    """A pass of an input shape, recorded while it runs."""
+    """A pass of an input shape, recorded while it runs: ``record``, then ``forward``."""
 
-    def __init__(
-        self, owner: TrainingReplays, key: Any, function: Forward, network: nn.Module
-    ) -> None:
-        self._owner, self._key, self._function, self._network = owner, key, function, network
+    ends: _Ends
 
-    def forward(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        """Maps of x, and what the backward pass needs."""
-        x = _plain(x, x.stride())
-        with torch.enable_grad(), other_leaves(self._network, weights) as leaves:
-            constants = [*self._network.parameters(), *self._network.buffers()]
-            recorder = Recorder(constants, self._owner.kept)
-            with recorder.part([x]) as outputs:
-                maps = self._function(x)
-                values = [m.detach() for m in maps]
-                outputs += values
+    def __init__(self, owner: TrainingReplays, key: Any, snapshot: Snapshot) -> None:
+        self._owner, self._key, self._snapshot = owner, key, snapshot
+        self.weights, self.parameters = snapshot.weights, snapshot.parameters
+        self.refusal: str | None = None
+
+    def record(self, function: Forward, network: nn.Module, x: Tensor) -> Maps:
+        """The maps as they are without a recording; if there is no ``refusal`` they are kept."""
+        x = _plain(x, torch.empty_like(x, device="meta").stride())
         self._strides = x.stride()
-        self.ends = _Ends(maps, leaves)
-        return values, (recorder, maps, leaves)
+        self._recorder = Recorder([*self.parameters, *network.buffers()], self._owner.kept)
+        with self._recorder.part([x]) as outputs, uncached_autocast(x.device.type):
+            maps = function(x)
+            self._values = [m.detach() for m in maps]
+            outputs += self._values
+        reach = reached([m for m in maps if m.requires_grad], self.weights)
+        self.refusal = self._recorder.refusal
+        if reach is None:
+            self.refusal = "maps depend on tensors that are no parameters of the network"
+        else:
+            self.ends = _Ends(maps, reach)
+            self._maps = maps
+        return maps
 
-    def backward(self, state: Any, given: Sequence[Tensor | None], retain: bool) -> Grads:
+    def forward(self, _x: Tensor) -> tuple[list[Tensor], Maps]:
+        """Maps without a history, and those with theirs, which the backward pass needs."""
+        values, maps = self._values, self._maps
+        del self._values, self._maps
+        return values, maps
+
+    def backward(self, maps: Maps, given: Sequence[Tensor | None], retain: bool) -> Grads:
         """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
-        recorder, maps, leaves = state
         trained = [maps[i] for i in self.ends.trained]
         grad_maps = self.ends.fill(given)
         with torch.autocast(grad_maps[0].device.type, enabled=False):
-            if recorder.done:  # before
-                return self.ends.choose(given, gradients(trained, grad_maps, leaves, retain))
-            with recorder.part(grad_maps) as outputs:
-                outputs += gradients(trained, grad_maps, leaves, retain)
-        replay = _Replay(recorder.tape(), self._strides, self.ends)
-        self._owner.finish(self._key, replay, recorder.refusal)
+            if self._recorder.done:  # before
+                return self.ends.choose(given, gradients(trained, grad_maps, self.weights, retain))
+            with self._recorder.part(grad_maps) as outputs:
+                outputs += gradients(trained, grad_maps, self.weights, retain)
+        replay = _Replay(self._recorder.tape(), self._strides, self.ends, self._snapshot)
+        self._owner.finish(self._key, replay, self._snapshot, self._recorder.refusal)
         return self.ends.choose(given, outputs)
 
 
 class _Replay:
     """A pass of an input shape, by its tape."""
 
-    def __init__(self, tape: Tape, strides: Sequence[int], ends: _Ends) -> None:
+    def __init__(self, tape: Tape, strides: Sequence[int], ends: _Ends, snapshot: Snapshot) -> None:
         self._tape, self._strides, self.ends = tape, strides, ends
+        self.weights, self.parameters = snapshot.weights, snapshot.parameters
 
-    def forward(self, x: Tensor, _weights: Sequence[Tensor]) -> tuple[list[Tensor], Slots]:
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Slots]:
         """Maps of x, and what the backward pass needs."""
         slots = self._tape.start()
         return self._tape.play(_FORWARD, slots, [_plain(x, self._strides)]), slots
@@ -202,9 +232,9 @@ class _Replay:
         return self.ends.choose(given, play(_BACKWARD, slots, self.ends.fill(given)))
 
 
-def _version(weights: Sequence[Tensor]) -> int:
-    """Grows when any of the weights is modified in place."""
-    return sum(weight._version for weight in weights)
+def _version(tensors: Sequence[Tensor]) -> int:
+    """Grows when any of the tensors is modified in place."""
+    return sum(tensor._version for tensor in tensors)
 
 
 def _plain(x: Tensor, strides: Sequence[int]) -> Tensor:
@@ -219,8 +249,17 @@ def _unusual(network: nn.Module) -> str | None:
     """Why a pass might be more than its calls, or None."""
     for module in network.modules():
         own = type(module).__module__.startswith(f"{__package__}.")
+        name = type(module).__qualname__
         if "forward" in module.__dict__ or not (own or type(module) in _USUAL):
-            return f"{type(module).__qualname__} may do more than its operators"
+            return f"{name} may do more than its operators"
+        if any(isinstance(value, Tensor) for value in module.__dict__.values()):
+            return f"{name} has a tensor that is neither parameter nor buffer"
+    for parameter in network.parameters():
+        alone = parameter.untyped_storage().nbytes() == parameter.nbytes
+        if type(parameter) is not nn.Parameter or not alone:
+            return "parameters share memory"
+        if parameter._backward_hooks:
+            return "parameters have hooks"
     return None
 
 

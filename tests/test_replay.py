@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.replay import TrainingReplays
@@ -233,10 +237,12 @@ def test_maps_are_the_callers(device: str, tiny_arch: dict[str, Any]) -> None:
 
 def test_images_and_gradients_in_any_layout(device: str, tiny_arch: dict[str, Any]) -> None:
     models = both(tiny_arch, device, WAY)
-    for seed in range(5):
-        whole = torch.randn(3, 3, 64, 67, generator=torch.Generator().manual_seed(seed))
+    gray = torch.randn(2, 1, 64, 64).expand(-1, 3, -1, -1).to(device)
+    for seed in range(-2, 5):
+        whole = torch.randn(3, 3, 64, 67, generator=torch.Generator().manual_seed(seed + 2))
         x = (whole[1:, :, :, 3:], whole[:2, :, :, :64].contiguous())[seed % 2].to(device)
         x = x.to(memory_format=torch.channels_last) if seed == 4 else x
+        x = gray if seed < 0 else x
         for model in models:
             model.zero_grad()
             maps = model(x)
@@ -273,9 +279,135 @@ def test_changes_of_the_network_are_noticed(device: str, tiny_arch: dict[str, An
     assert len(models[0]._replays._passes) == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.levels[2].blocks[0].mlp.drop1, "p", 0.5),
+        lambda m: setattr(m.levels[0].blocks[0].norm1, "eps", 1.0),
+        lambda m: setattr(m.levels[0].blocks[0].norm1, "track_running_stats", False),
+        lambda m: setattr(m.levels[2], "window_mode", "fit"),
+        lambda m: setattr(m.levels[1].blocks[0], "act1", nn.ReLU()),
+        lambda m: vars(m.levels[2].blocks[1].mixer).update(num_heads=1, head_dim=64),
+    ],
+)
+def test_changed_settings_are_noticed(change: Any, device: str, tiny_arch: dict[str, Any]) -> None:
+    models = both(tiny_arch, device, WAY)
+    check_steps(models)
+    for model in models:
+        change(model)
+    check_steps(models)
+
+
+def test_a_patched_forward_is_called(device: str, tiny_arch: dict[str, Any]) -> None:
+    model, _ = both(tiny_arch, device, WAY)
+    for seed in range(3):
+        step(model, A, seed)
+    layer = model.levels[2].blocks[0].mlp.fc1
+    calls = []
+    layer.forward = lambda x: calls.append(1) or nn.Linear.forward(layer, x)  # type: ignore[func-returns-value]
+    for seed in range(3):
+        step(model, A, seed)
+    assert len(calls) == 3
+    assert not model._replays._passes
+
+
+def test_a_change_while_a_recording_is_under_way(device: str, tiny_arch: dict[str, Any]) -> None:
+    """What is recorded to its end after the network has changed is not kept."""
+    models = both(tiny_arch, device, WAY)
+    for model in models:
+        for hw in (A, B):
+            step(model, hw, 0)
+        late = loss_of(model, images(A, 1), None)  # recorded
+        model.levels[0].requires_grad_(False)
+        model.patch_embed.eval()
+        step(model, B, 1)
+        step(model, B, 2)
+        late.backward()
+    for seed in range(3):
+        losses = [step(model, A, seed) for model in models]
+        assert torch.equal(*losses), seed
+        assert same(*models), seed
+
+
+def test_weights_that_are_no_parameters(device: str, tiny_arch: dict[str, Any]) -> None:
+    """They get their gradients in every pass."""
+    models = both(tiny_arch, device, WAY)
+    for model in models:
+        layer = model.levels[2].blocks[0].mlp.fc1
+        flat = nn.Parameter(layer.weight.detach().flatten())
+        del layer.weight
+        model.flat = flat
+        layer.weight = flat.view(layer.out_features, layer.in_features)
+        layer.own = flat.new_ones(3)  # an attribute, too
+    for seed in range(4):
+        for model in models:
+            model.zero_grad()
+            loss_of(model, images(A, seed), None).backward(retain_graph=True)
+            assert model.flat.grad.abs().sum() > 0
+    assert not models[0]._replays._passes
+
+
+def test_a_weight_from_outside(device: str, tiny_arch: dict[str, Any]) -> None:
+    """A layer of ours that reads another network's parameter."""
+    outside = nn.Parameter(torch.ones(8, 1, 1, device=device))
+    model, _ = both(tiny_arch, device, WAY)
+    forward = type(model.patch_embed).forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(model.patch_embed), "forward", lambda m, x: forward(m, x) * outside.sum()
+        )
+        for seed in range(4):
+            outside.grad = None
+            step(model, A, seed, None)
+            assert outside.grad.abs().sum() > 0, seed
+    assert not model._replays._passes
+
+
+def test_sharded_weights(device: str, tmp_path: Path, tiny_arch: dict[str, Any]) -> None:
+    """FSDP replaces parameters by views of one tensor."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    backend = "nccl" if device == "cuda" else "gloo"
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group(backend, meeting, rank=0, world_size=1)
+    try:
+        for original in (False, True):
+            model, plain = both(tiny_arch, device, WAY)
+            sharded = FullyShardedDataParallel(
+                model,
+                use_orig_params=original,
+                device_id=torch.device(device, 0) if device == "cuda" else torch.device("cpu"),
+            )
+            for seed in range(4):
+                sharded.zero_grad()
+                loss_of(sharded, images(A, seed), None).backward()
+                plain.zero_grad()
+                loss_of(plain, images(A, seed), None).backward()
+                total = sum(
+                    p.grad.square().sum() for p in sharded.parameters() if p.grad is not None
+                )
+                wanted = sum(p.grad.square().sum() for p in plain.parameters())
+                assert torch.allclose(total, wanted, rtol=1e-3), seed
+            assert not model._replays._passes
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_memory_of_weights_that_are_moved(device: str, tiny_arch: dict[str, Any]) -> None:
+    model, _ = both(tiny_arch, device, WAY)
+    for seed in range(3):
+        step(model, A, seed)
+    model.zero_grad()
+    storages = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+    model.to(torch.float64)
+    gc.collect()
+    assert all(storage.expired() for storage in storages)
+
+
 def test_networks_that_change_all_the_time_run_as_they_are(
     device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "mambavision_backbone")
     model, _ = both(tiny_arch, device, WAY)
     for _ in range(17):
         for seed in range(3):
@@ -321,6 +453,7 @@ def test_layers_of_others_run_as_they_are(
     device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, _ = both(tiny_arch, device, WAY)
+    caplog.set_level("INFO", "mambavision_backbone")
     model.levels[2].blocks[0].mlp.fc2.__class__ = Noisy
     losses = {step(model, A, 0).item() for _ in range(5)}
     assert len(losses) == 5
@@ -357,6 +490,36 @@ def test_together_with_graphs(device: str, tiny_arch: dict[str, Any]) -> None:
         assert same(*models), seed
     assert len(models[0]._graphs._passes) == 1
     assert len(models[0]._replays._passes) == 1
+
+
+def test_checkpointing_around_the_backbone(device: str, tiny_arch: dict[str, Any]) -> None:
+    """What is not to be saved is not saved by a replay either."""
+    models = both(tiny_arch, device, WAY)
+    for seed in range(4):
+        for model in models:
+            model.zero_grad()
+            x = images(A, seed).to(device)
+            maps = checkpoint(model, x, use_reentrant=False)
+            sum(m.square().mean() for m in maps).backward()
+        assert same(*models), seed
+    assert not models[0]._replays._passes
+
+
+def test_two_passes_under_one_autocast(tiny_arch: dict[str, Any], device: str) -> None:
+    """Autocast keeps the weights that it casts for the second one."""
+    models = both(tiny_arch, device, WAY)
+    for model in models:
+        set_plain = pytest.MonkeyPatch()
+        set_plain.setattr("mambavision_backbone.ops.cast.fusible", lambda _: False)
+        for _ in range(3):
+            with torch.autocast(device, torch.bfloat16):
+                first, second = (model(images(A, seed).to(device)) for seed in range(2))
+            model.zero_grad()
+            sum(m.float().square().mean() for m in (*first, *second)).backward()
+        set_plain.undo()
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-2
+    assert models[0]._replays._passes
 
 
 def test_off_where_it_cannot_be(tiny_arch: dict[str, Any]) -> None:
@@ -409,7 +572,7 @@ def train_in_parallel(rank: int, meeting: str, device: str, arch: dict[str, Any]
     grads = [torch.empty_like(grad) for _ in range(2)]
     torch.distributed.all_gather(grads, grad)
     assert torch.equal(*grads)
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's destructor waits for a thread that waits for Python, now and then
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

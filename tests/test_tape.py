@@ -106,6 +106,51 @@ def test_parts_go_on_from_each_other() -> None:
         assert not any(isinstance(value, Tensor) for value in variable)  # all are dropped
 
 
+def test_a_failure_leaves_what_is_played_again() -> None:
+    """Memory that was written to in the part that failed is as it was before it."""
+    fail = False
+
+    recorder = Recorder([])
+    x, g = torch.randn(4), torch.randn(4)
+    with recorder.part([x]) as outputs:
+        a = torch.empty(4).copy_(x.exp())
+        outputs += [a.sum()]
+    with recorder.part([g]) as outputs:
+        b = a * g
+        c = torch.empty(4).copy_(b)
+        outputs += [c + 1]
+    tape = recorder.tape()
+    slots = tape.start()
+    tape.play(0, slots, [x])
+    calls = list(tape.parts[1].calls)
+
+    def out_of_memory(*_: Any) -> None:
+        if fail:
+            raise torch.OutOfMemoryError("none left")
+
+    calls[-1] = calls[-1]._replace(function=_then(out_of_memory, calls[-1].function))
+    tape.parts = [tape.parts[0], tape.parts[1]._replace(calls=calls)]
+    for fail in (True, True, False):
+        if fail:
+            with pytest.raises(torch.OutOfMemoryError):
+                tape.play_again(1, slots, [g])
+        else:
+            assert torch.equal(tape.play_again(1, slots, [g])[0], x.exp() * g + 1)
+
+
+def _then(first: Any, second: Any) -> Any:
+    return lambda *arguments: (first(), second(*arguments))[1]
+
+
+def test_a_part_that_fails_is_refused() -> None:
+    recorder = Recorder([])
+    part = recorder.part([torch.ones(2)])
+    part.__enter__()
+    error = ZeroDivisionError()
+    assert not part.__exit__(ZeroDivisionError, error, None)
+    assert "not finished" in (recorder.refusal or "")
+
+
 def test_random_numbers_are_drawn_anew() -> None:
     recorder, _ = recorded(lambda x: [x + torch.rand(8)], torch.zeros(8))
     tape = recorder.tape()

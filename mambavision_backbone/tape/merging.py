@@ -23,13 +23,14 @@ def _put_off(steps: Sequence[Step]) -> Iterator[Step]:
     used: set[int] = set()  # their storages
     size = 0
     for step in steps:
-        if isinstance(step, Start) and is_row_sum(step.launch):
+        free = used.isdisjoint(touched(step))
+        if free and isinstance(step, Start) and is_row_sum(step.launch):
             waiting.append(step)
             used |= touched(step)
             size += max(nbytes(view.geometry) for view in step.tensors if view)
             if size <= WAITING:
                 continue
-        elif used.isdisjoint(touched(step)):
+        elif free:
             yield step
             continue
         yield from _joined(waiting)

@@ -51,12 +51,14 @@ class Tape:
 
     def play_again(self, part: int, slots: Slots, inputs: Sequence[Tensor]) -> list[Any]:
         """As ``play``, but leave slots and memory as they were, to be played on once more."""
-        memory = [slots[slot] for slot in self._shared if slots[slot] is not None]
+        shared = [slots[slot] for slot in self._shared if slots[slot] is not None]
+        memory = list({tensor.data_ptr(): tensor for tensor in shared}.values())
         values = [tensor.clone() for tensor in memory]
-        outputs = self.play(part, slots.copy(), inputs)
-        for tensor, value in zip(memory, values, strict=True):
-            tensor.copy_(value)
-        return outputs
+        try:
+            return self.play(part, slots.copy(), inputs)
+        finally:
+            for tensor, value in zip(memory, values, strict=True):
+                tensor.copy_(value)
 
     def play(self, part: int, slots: Slots, inputs: Sequence[Tensor]) -> list[Any]:
         """Make a part's calls, and return its outputs: tensors, None where that was recorded.

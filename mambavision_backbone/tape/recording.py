@@ -48,6 +48,7 @@ class Recorder(LaunchRecorder):
         self._storages: list[Storage] = []
         # By address. Nothing else gets a storage's while there is a weak reference to it.
         self._numbers: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._devices: set[torch.device] = set()
         self._steps: list[Step] = []
         self._sections: list[Section] = []
         for tensor in constants:
@@ -60,10 +61,16 @@ class Recorder(LaunchRecorder):
         Args:
             inputs: tensors at the start of their storages.
         """
+        if any(self._number(tensor) is not None for tensor in inputs):
+            self._refuse("an input lies on memory that was used before")
         given = [self._add(tensor) for tensor in inputs]
         outputs: list[Tensor | None] = []
-        with self:
-            yield outputs
+        try:
+            with self:
+                yield outputs
+        except BaseException:
+            self._refuse("a part was not finished")
+            raise
         wanted = [None if tensor is None else self._view(tensor) for tensor in outputs]
         self._sections.append(Section(self._steps, given, wanted))
         self._steps = []
@@ -99,6 +106,9 @@ class Recorder(LaunchRecorder):
         results = value if several else (value,)
         new = any(isinstance(r, Tensor) and self._number(r) is None for r in results)
         if function in _EMPTY:
+            self._devices.add(value.device)
+            if len(self._devices - {torch.device("meta")}) > 1:
+                self._refuse("memory is allocated on two devices")
             self._steps.append(Empty(self._add(value), value.device))
         elif new or function._schema.is_mutable:
             arguments = tuple(map(self._argument, (*args, *kwargs.values())))

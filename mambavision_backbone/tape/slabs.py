@@ -25,11 +25,13 @@ class Slab:
         self.nbytes = 0
         self._taken: list[tuple[int, int, int]] = []  # offset, end, last step
 
+    def needed(self, step: int) -> bool:
+        """Whether anything in it is needed at a step or later."""
+        return any(last >= step for _, _, last in self._taken)
+
     def take(self, need: Need) -> int | None:
         """The lowest offset where a need fits in, from its first step on; None if nowhere."""
         self._taken = [taken for taken in self._taken if taken[2] >= need.first]
-        if self.nbytes and not self._taken:
-            return None  # of the past
         length = -(-need.nbytes // ALIGNMENT) * ALIGNMENT
         offset = 0
         for start, end, _ in self._taken:
@@ -49,9 +51,10 @@ def place(needs: Sequence[Need]) -> list[tuple[Slab, int]]:
     Args:
         needs: in the order of their first steps, none larger than a slab.
     """
-    slabs: list[Slab] = []
+    slabs: list[Slab] = []  # that are in use
     places = []
     for need in needs:
+        slabs = [slab for slab in slabs if slab.needed(need.first)]
         for slab in [*slabs, Slab()]:
             offset = slab.take(need)
             if offset is not None:
