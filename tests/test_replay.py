@@ -302,9 +302,9 @@ def test_a_patched_forward_is_called(device: str, tiny_arch: dict[str, Any]) -> 
     model, _ = both(tiny_arch, device, WAY)
     for seed in range(3):
         step(model, A, seed)
-    layer = model.levels[2].blocks[0].mlp.fc1
+    layer = model.levels[0].blocks[0].act1
     calls = []
-    layer.forward = lambda x: calls.append(1) or nn.Linear.forward(layer, x)  # type: ignore[func-returns-value]
+    layer.forward = lambda x: calls.append(1) or nn.GELU.forward(layer, x)  # type: ignore[func-returns-value]
     for seed in range(3):
         step(model, A, seed)
     assert len(calls) == 3
