@@ -120,7 +120,7 @@ class Snapshot:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.parameters = list(network.parameters())
+        self.parameters: list[Tensor] = list(network.parameters())
         self._tensors = [*self.parameters, *network.buffers()]
         self.weights = [p for p in network.parameters() if p.requires_grad]
         # The network, which keeps this, is not kept, nor are its settings.

@@ -107,7 +107,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, known: _Recording | _Replay, x: Tensor, *_weights: Tensor) -> Maps:
         ctx.set_materialize_grads(False)
-        ctx.known, ctx.read = known, [x, *known.parameters]
+        ctx.known, ctx.read = known, known.read(x)
         ctx.version = _version(ctx.read)
         maps, ctx.state = known.forward(x)
         trained = known.ends.trained
@@ -194,6 +194,10 @@ class _Recording:
             self._maps = maps
         return maps
 
+    def read(self, _x: Tensor) -> list[Tensor]:
+        """What must not be modified before the backward pass, so far as nothing else sees to it."""
+        return self.parameters
+
     def forward(self, _x: Tensor) -> tuple[list[Tensor], Maps]:
         """Maps without a history, and those with theirs, which the backward pass needs."""
         values, maps = self._values, self._maps
@@ -220,6 +224,10 @@ class _Replay:
     def __init__(self, tape: Tape, strides: Sequence[int], ends: _Ends, snapshot: Snapshot) -> None:
         self._tape, self._strides, self.ends = tape, strides, ends
         self.weights, self.parameters = snapshot.weights, snapshot.parameters
+
+    def read(self, x: Tensor) -> list[Tensor]:
+        """What must not be modified before the backward pass."""
+        return [x, *self.parameters] if self._tape.read_again else self.parameters
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Slots]:
         """Maps of x, and what the backward pass needs."""

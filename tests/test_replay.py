@@ -195,6 +195,24 @@ def test_weights_modified_before_the_backward_pass(device: str, tiny_arch: dict[
             loss.backward()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_image_modified_before_the_backward_pass(
+    layout: torch.memory_format, device: str, tiny_arch: dict[str, Any]
+) -> None:
+    """An error where the first convolution has it, none where that has a copy."""
+    for model in both(tiny_arch, device, WAY):
+        for seed in range(4):
+            x = images(A, seed).to(device, memory_format=layout)
+            loss = sum(m.square().mean() for m in model(x))
+            if seed == 3:
+                x.zero_()
+            if seed == 3 and layout == torch.channels_last:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+            else:
+                loss.backward()
+
+
 def test_losses_of_some_maps(device: str, tiny_arch: dict[str, Any]) -> None:
     """Weights behind maps that are not used have no gradients, rather than zeros."""
     models = both(tiny_arch, device, WAY)

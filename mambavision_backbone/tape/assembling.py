@@ -43,7 +43,11 @@ def assemble(storages: Sequence[Storage], sections: Sequence[Section]) -> Tape:
             assembly.add(step)
         wanted = [None if view is None else assembly.tensor(view) for view in outputs]
         parts.append((assembly.drafts, given, wanted))
-    return Tape(assembly.slots, _finish(parts, assembly.slots), assembly.slabs())
+    later = {
+        number for section in sections[1:] for step in section.steps for number in touched(step)
+    }
+    read_again = not later.isdisjoint(sections[0].inputs)
+    return Tape(assembly.slots, _finish(parts, assembly.slots), assembly.slabs(), read_again)
 
 
 def _places(

@@ -40,10 +40,14 @@ class Tape:
         slots: constants, and None where inputs and results come.
         parts: see above.
         shared: slots of memory that calls use one after the other.
+        read_again: whether later parts read the first one's inputs.
     """
 
-    def __init__(self, slots: Slots, parts: Sequence[Part], shared: Sequence[int]) -> None:
+    def __init__(
+        self, slots: Slots, parts: Sequence[Part], shared: Sequence[int], read_again: bool
+    ) -> None:
         self.slots, self.parts, self._shared = slots, parts, shared
+        self.read_again = read_again
 
     def start(self) -> Slots:
         """Slots for the first part."""
