@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .capture import GraphMemory, unowned
-from .passes import Forward, Maps, TrainingPasses, gradients, other_leaves, uncached_autocast
+from .passes import Forward, Maps, TrainingPasses, gradients, uncached_autocast
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -128,7 +129,7 @@ class _Pass:
         self.weights = weights
         self.x = memory.image(x, _input_dtype(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with other_leaves(network, self.weights) as leaves:
+        with _other_leaves(network, self.weights) as leaves:
             with memory.capture(self._forward), uncached_autocast("cuda"):
                 maps = forward(self.x)
                 values = [m.detach() for m in maps]
@@ -183,6 +184,29 @@ class _Gradients:
         ]
         torch._foreach_copy_([view for view in views if view is not None], self._grads)
         return views
+
+
+@contextmanager
+def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put other tensors on the same memory in the weights' places, inside.
+
+    PyTorch ties the weights themselves to the stream that they were first used on, which a capture
+    must not touch.
+    """
+    leaves = {id(w): w.detach().requires_grad_() for w in weights}
+    slots = [
+        (module._parameters, name, weight)
+        for module in network.modules()
+        for name, weight in module._parameters.items()
+        if id(weight) in leaves
+    ]
+    try:
+        for parameters, name, weight in slots:
+            parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
+        yield list(leaves.values())
+    finally:
+        for parameters, name, weight in slots:
+            parameters[name] = weight
 
 
 def _input_dtype(x: Tensor) -> torch.dtype:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -122,7 +121,7 @@ class Snapshot:
     def __init__(self, network: nn.Module) -> None:
         self.parameters: list[Tensor] = list(network.parameters())
         self._tensors = [*self.parameters, *network.buffers()]
-        self.weights = [p for p in network.parameters() if p.requires_grad]
+        self.weights = [p for p in self.parameters if p.requires_grad]
         # The network, which keeps this, is not kept, nor are its settings.
         self._modules = [module for module in network.modules() if module is not network]
         members = [getattr(m, kind) for m in network.modules() for kind in _MEMBERS]
@@ -163,29 +162,6 @@ def _saves_otherwise() -> bool:
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels that work on x are started now, not captured."""
     return x.is_cuda and not torch.cuda.is_current_stream_capturing()
-
-
-@contextmanager
-def other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Put other tensors on the same memory in the weights' places, inside.
-
-    So the weights themselves are no part of what is differentiated. Besides, PyTorch ties them to
-    the stream that they were first used on, which a capture must not touch.
-    """
-    leaves = {id(w): w.detach().requires_grad_() for w in weights}
-    slots = [
-        (module._parameters, name, weight)
-        for module in network.modules()
-        for name, weight in module._parameters.items()
-        if id(weight) in leaves
-    ]
-    try:
-        for parameters, name, weight in slots:
-            parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
-        yield list(leaves.values())
-    finally:
-        for parameters, name, weight in slots:
-            parameters[name] = weight
 
 
 def gradients(

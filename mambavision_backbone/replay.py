@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
+from .ops.triton_support import aligned
 from .passes import (
     Forward,
     Maps,
@@ -27,14 +28,13 @@ MAX_SHAPES = 512  # half a megabyte of the host's memory each
 Grads = list[Tensor | None]
 
 _FORWARD, _BACKWARD = 0, 1  # the parts of a tape
-_ALIGNMENT = 16  # bytes: what kernels were compiled for
 
 # Whether the backward pass under way may be followed by another one; torch 2.4 does not say.
 _retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 # Besides this package's own; adapters and parametrised layers may do something in Python.
 _USUAL = {nn.ModuleList, nn.Sequential, nn.Identity, nn.Conv2d, nn.Conv1d, nn.Linear, Mlp, nn.GELU}
-_USUAL |= {nn.ReLU, nn.Dropout, nn.BatchNorm2d, nn.LayerNorm, LayerNorm2d}
+_USUAL |= {nn.ReLU, nn.Dropout, nn.BatchNorm2d, nn.LayerNorm}
 
 
 class TrainingReplays(TrainingPasses):
@@ -248,7 +248,7 @@ def _version(tensors: Sequence[Tensor]) -> int:
 def _plain(x: Tensor, strides: Sequence[int]) -> Tensor:
     """The same values at the start of a storage, with the strides: as tapes take them."""
     x = x.detach()
-    if x.stride() == strides and not x.storage_offset() and not x.data_ptr() % _ALIGNMENT:
+    if x.stride() == strides and not x.storage_offset() and aligned(x):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 

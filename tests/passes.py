@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,3 +49,27 @@ def same(a: nn.Module, b: nn.Module) -> bool:
         (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad))
         for p, q in grads
     )
+
+
+def train_a_hundred_steps(models: Sequence[MambaVision], device: str) -> None:
+    """As recipes train: losses scaled, gradients clipped, evaluation now and then; all the same."""
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
+    scalers = [torch.amp.GradScaler(device, init_scale=2.0**20) for _ in models]
+    for step in range(100):
+        losses = []
+        for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
+            optimizer.zero_grad()
+            loss = loss_of(model, images(A if step % 3 else B, step), torch.float16)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            if step % 20 == 19:
+                model.eval()
+                with torch.no_grad():
+                    loss = loss_of(model, images(C, 0), None)
+                model.train()
+            losses.append(loss.detach())
+        assert torch.equal(*losses), step
+    assert same(*models)

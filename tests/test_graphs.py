@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mambavision_backbone import MambaVision
 from mambavision_backbone.graphs import TrainingGraphs
 from tests.conftest import relative_error
-from tests.passes import A, B, C, both, images, loss_of, moved, same
+from tests.passes import A, B, C, both, images, loss_of, moved, same, train_a_hundred_steps
 
 
 class Recorder(TorchDispatchMode):
@@ -127,26 +127,7 @@ def test_the_first_and_the_last_graph_are_logged(
 def test_a_hundred_steps_with_evaluation_in_between(device: str, tiny_arch: dict[str, Any]) -> None:
     """As recipes train: losses scaled, gradients clipped, and statistics used now and then."""
     models = pair(tiny_arch, 2, device)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
-    scalers = [torch.amp.GradScaler(device, init_scale=2.0**20) for _ in models]
-    for step in range(100):
-        losses = []
-        for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
-            optimizer.zero_grad()
-            loss = loss_of(model, images(A if step % 3 else B, step), torch.float16)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            scaler.step(optimizer)
-            scaler.update()
-            if step % 20 == 19:
-                model.eval()
-                with torch.no_grad():
-                    loss = loss_of(model, images(C, 0), None)
-                model.train()
-            losses.append(loss.detach())
-        assert torch.equal(*losses), step
-    assert same(*models)
+    train_a_hundred_steps(models, device)
     assert len(models[0]._graphs._passes) == 2
 
 

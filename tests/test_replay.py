@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mambavision_backbone import MambaVision
 from mambavision_backbone.replay import TrainingReplays
-from mambavision_backbone.tape.kernels import start
+from mambavision_backbone.tape.kernels import KernelStart
 from tests.conftest import relative_error
 from tests.ops.test_fused_network import set_fused
-from tests.passes import A, B, C, both, images, loss_of, moved, same
+from tests.passes import A, B, C, both, images, loss_of, moved, same, train_a_hundred_steps
 
 if not TrainingReplays(True).limit:
     pytest.skip("this torch does not tell when a graph is retained", allow_module_level=True)
@@ -98,7 +98,7 @@ def test_fused_kernels(
         call.arguments(replay._tape.slots)[0].launch.kernel.__name__
         for part in replay._tape.parts
         for call in part.calls
-        if call.function is start
+        if call.function is KernelStart.start
     ]
     assert len(kernels) > 20
     assert "eight_row_sums" in kernels
@@ -130,26 +130,7 @@ def test_weights_cast_at_once(tiny_arch: dict[str, Any], monkeypatch: pytest.Mon
 def test_a_hundred_steps_with_evaluation_in_between(device: str, tiny_arch: dict[str, Any]) -> None:
     """As recipes train: losses scaled, gradients clipped, and statistics used now and then."""
     models = both(tiny_arch, device, WAY)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
-    scalers = [torch.amp.GradScaler(device, init_scale=2.0**20) for _ in models]
-    for seed in range(100):
-        losses = []
-        for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
-            optimizer.zero_grad()
-            loss = loss_of(model, images(A if seed % 3 else B, seed), torch.float16)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            scaler.step(optimizer)
-            scaler.update()
-            if seed % 20 == 19:
-                model.eval()
-                with torch.no_grad():
-                    loss = loss_of(model, images(C, 0), None)
-                model.train()
-            losses.append(loss.detach())
-        assert torch.equal(*losses), seed
-    assert same(*models)
+    train_a_hundred_steps(models, device)
     assert len(models[0]._replays._passes) == 2
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .triton_support import compute_dtype, fusible, launch_recorder
+from .triton_support import ceil_div, compute_dtype, fusible, launch_recorder
 
 _ALIGNMENT = 64  # elements: 128 bytes in half precision
 
@@ -48,7 +48,7 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _empty(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Tensors like these in another dtype, in one piece of memory."""
-    ends = list(itertools.accumulate(-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for t in tensors))
+    ends = list(itertools.accumulate(ceil_div(t.numel(), _ALIGNMENT) * _ALIGNMENT for t in tensors))
     if not ends:
         return []
     memory = torch.empty(ends[-1], dtype=dtype, device=tensors[0].device)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import KernelStart, Operand, empty, make_view, start
+from .kernels import KernelStart, Operand, empty, make_view
 from .merging import merge_sums
 from .playing import Call, Part, Slots, Tape
 from .slabs import SLAB, Need, Slab, place
@@ -167,7 +167,9 @@ class _Assembly:
                 bases.append(base)
             operands.append(Operand(bases.index(base), view.geometry, shift))
         kernel = self._slot(KernelStart(step.launch, operands))
-        self.drafts.append(_Draft(start, (kernel, *bases), (), several=True, matters=True))
+        self.drafts.append(
+            _Draft(KernelStart.start, (kernel, *bases), (), several=True, matters=True)
+        )
 
     def _argument(self, value: Any) -> int:
         if isinstance(value, View):

@@ -57,7 +57,7 @@ class KernelStart:
         self.launch, self._operands = launch, operands
         self._known: Any = None
 
-    def __call__(self, *bases: Tensor) -> None:
+    def start(self, *bases: Tensor) -> None:
         """Start the kernel."""
         if self._known is None:
             self._find(bases)
@@ -92,8 +92,3 @@ class KernelStart:
             arguments[i] = 0
         self._known = run, arguments, device, moving
         self._operands = ()  # many tapes may be kept
-
-
-def start(kernel: KernelStart, *bases: Tensor) -> None:
-    """Start a kernel."""
-    kernel(*bases)

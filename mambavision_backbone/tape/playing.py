@@ -90,10 +90,10 @@ class Tape:
                 value = None
                 for slot in dead:
                     slots[slot] = None
-        outputs: list[Any] = [None if slot is None else slots[slot] for slot in wanted]
-        for i, place in enumerate(wanted):
-            if not (place is None or place in last):
-                outputs[i] = slots[place].detach()  # what goes out may get a history
+        outputs = [  # what is needed later, too, goes out as another tensor: it may get a history
+            slot if slot is None else slots[slot] if slot in last else slots[slot].detach()
+            for slot in wanted
+        ]
         for slot in last:
             slots[slot] = None
         return outputs

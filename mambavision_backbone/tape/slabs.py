@@ -6,6 +6,8 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..ops.triton_support import ceil_div
+
 SLAB = 32 << 20  # bytes at most
 ALIGNMENT = 512  # bytes, as that of PyTorch's allocator
 
@@ -32,7 +34,7 @@ class Slab:
     def take(self, need: Need) -> int | None:
         """The lowest offset where a need fits in, from its first step on; None if nowhere."""
         self._taken = [taken for taken in self._taken if taken[2] >= need.first]
-        length = -(-need.nbytes // ALIGNMENT) * ALIGNMENT
+        length = ceil_div(need.nbytes, ALIGNMENT) * ALIGNMENT
         offset = 0
         for start, end, _ in self._taken:
             if offset + length <= start:
