@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ logger = logging.getLogger("mambavision_backbone")
 Maps = tuple[Tensor, ...]
 Forward = Callable[[Tensor], Maps]
 _MEMBERS = "_modules", "_parameters", "_buffers"
+_SETTINGS, _TRAINED = attrgetter("__dict__"), attrgetter("requires_grad")  # quicker than loops
 
 # So often passes may be of use for less than so many runs: then the network changes all the time.
 MAX_SHORT_LIVES, SHORT_LIFE = 16, 10
@@ -140,17 +142,17 @@ class Snapshot:
         return same and not any(self._empty) and self._facts_of(network) == self._facts
 
     def _settings_now(self) -> list[tuple[Any, ...]]:
-        return [tuple(module.__dict__.values()) for module in self._modules]
+        return list(map(tuple, map(dict.values, map(_SETTINGS, self._modules))))
 
     def _facts_of(self, network: nn.Module) -> list[Any]:
         facts: list[Any] = [network.training, *map(type, self._modules)]
         facts += map(id, self._all_members())
-        facts += [tensor.data_ptr() for tensor in self._tensors]
-        facts += [tensor.requires_grad for tensor in self._tensors]
+        facts += map(Tensor.data_ptr, self._tensors)
+        facts += map(_TRAINED, self._tensors)
         return facts
 
     def _all_members(self) -> Iterator[Any]:
-        return chain.from_iterable(group.values() for group in self._members)
+        return chain.from_iterable(map(dict.values, self._members))
 
 
 def _saves_otherwise() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -242,7 +243,7 @@ class _Replay:
 
 def _version(tensors: Sequence[Tensor]) -> int:
     """Grows when any of the tensors is modified in place."""
-    return sum(tensor._version for tensor in tensors)
+    return sum(map(attrgetter("_version"), tensors))
 
 
 def _plain(x: Tensor, strides: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..ops.conv_norm import conv_norm
+from ..ops.batch_norm import conv_norm
 from ..ops.layer_norm import add, add_norm, norm
 from ..ops.mlp import mlp
 from .windows import Crop
@@ -38,10 +38,10 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         """Apply the block; ``factor`` is drop path's."""
-        y = self.act1(conv_norm(x, self.conv1, self.norm1))
-        y = conv_norm(y, self.conv2, self.norm2)
-        gamma = None if self.gamma is None else self.gamma.view(-1, 1, 1)
-        return add(x, y, gamma, factor)
+        y = conv_norm(x, self.conv1, self.norm1, self.act1)
+        if self.gamma is None:
+            return conv_norm(y, self.conv2, self.norm2, stream=x, factor=factor)
+        return add(x, conv_norm(y, self.conv2, self.norm2), self.gamma.view(-1, 1, 1), factor)
 
 
 class Branch(NamedTuple):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..ops.batch_norm import conv_norm
+from ..ops.triton_support import hooked
+
 
 class PatchEmbed(nn.Module):
     """(B, in_channels, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉) by two strided 3×3 convolutions.
@@ -27,7 +30,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed the image."""
-        return self.conv_down(x)
+        if hooked(self.conv_down):
+            return self.conv_down(x)
+        conv1, norm1, act1, conv2, norm2, act2 = self.conv_down
+        return conv_norm(conv_norm(x, conv1, norm1, act1), conv2, norm2, act2)
 
 
 class Downsample(nn.Module):

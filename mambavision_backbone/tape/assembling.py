@@ -53,7 +53,10 @@ def assemble(storages: Sequence[Storage], sections: Sequence[Section]) -> Tape:
 def _places(
     storages: Sequence[Storage], sections: Sequence[Section]
 ) -> dict[int, tuple[Slab, int]]:
-    """Slabs and offsets of what is allocated, but for large tensors and for outputs."""
+    """Slabs and offsets of what is allocated, but for large tensors and the first part's outputs.
+
+    The last part's have a slab of their own, which is not used again.
+    """
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for i, step in enumerate(step for section in sections for step in section.steps):
@@ -61,14 +64,24 @@ def _places(
             first[step.storage] = i
         else:
             last.update(dict.fromkeys(touched(step), i))
-    outputs = {view.storage for section in sections for view in section.outputs if view}
-    needs = {
-        number: Need(start, last[number], nbytes(storages[number].root))
-        for number, start in first.items()
-        if number in last and number not in outputs
-    }
-    needs = {number: need for number, need in needs.items() if 0 < need.nbytes <= SLAB // 2}
-    return dict(zip(needs, place(list(needs.values())), strict=True))
+    *before, results = ({view.storage for view in s.outputs if view} for s in sections)
+    results &= {step.storage for step in sections[-1].steps if isinstance(step, Empty)}
+    end = sum(len(section.steps) for section in sections)
+    own = Slab()
+    places: dict[int, tuple[Slab, int]] = {}
+    needs: dict[int, Need] = {}
+    for number, start in first.items():
+        size = nbytes(storages[number].root)
+        if number not in last or number in set().union(*before) or not 0 < size <= SLAB // 2:
+            continue
+        if number not in results:
+            needs[number] = Need(start, last[number], size)
+            continue
+        offset = own.take(Need(start, end, size))
+        if offset is not None:
+            places[number] = own, offset
+    places.update(zip(needs, place(list(needs.values())), strict=True))
+    return places
 
 
 class _Draft(NamedTuple):

@@ -28,7 +28,7 @@ from mambavision_backbone.ops.row_sum import launch as row_sum
 from mambavision_backbone.ops.selective_scan.triton import launch as scan
 
 OPS = "mambavision_backbone.ops."
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
@@ -147,7 +147,7 @@ def main() -> None:
             scan.scan(*tokens, parameters)
             scan.scan_backward(tokens[0], *tokens, parameters)
 
-    for dtype in TYPES:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         parts, total = torch.randn(3, 5), torch.randn(5, dtype=dtype)
         one = triton_support.Launch(
             row_sum.kernels.row_sum, (1, 1, 1), (3, 5), (row_sum.BLOCK_ROWS,), row_sum.WARPS

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).resolve().with_name("compile_kernels.py")
 KERNELS = {
+    "batch_norm": ["statistics", "forward", "gradient_sums", "backward"],
     "bias_act": ["forward"],
     "conv_silu": ["forward", "backward"],
     "layer_norm": ["forward", "backward", "map_forward", "map_backward"],

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = "mambavision_backbone.ops."
 DRAWS = 3
-MODULES = ["bias_act", "cast", "conv_norm", "conv_silu", "layer_norm", "linear", "mix", "mlp"]
+MODULES = ["batch_norm", "bias_act", "cast", "conv_silu", "layer_norm", "linear", "mix", "mlp"]
 
 
 @pytest.fixture(autouse=True)

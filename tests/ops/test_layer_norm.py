@@ -112,6 +112,29 @@ def test_add_norm(
     compare(add_norm, [x, y, gamma, factor, bias], make_layer(shape[2]), dys, monkeypatch)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("drop_path", [False, True], ids=["", "drop path"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "layer scale"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add(
+    shape: tuple[int, int, int],
+    scaled: bool,
+    drop_path: bool,
+    biased: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y, dy = torch.randn(3, *shape)
+    x, dy = x.transpose(0, 1).contiguous().transpose(0, 1), dy.flip(0)
+    gamma = torch.randn(shape[2]) if scaled else None
+    factor = torch.rand(shape[0], 1, 1) if drop_path else None
+    bias = torch.randn(shape[2]) if biased else None
+
+    def with_a_layer(x: Tensor, y: Tensor, layer: nn.LayerNorm, *others: Tensor | None) -> Tensor:
+        return add(x, y, *others) * layer.weight + layer.bias
+
+    compare(with_a_layer, [x, y, gamma, factor, bias], make_layer(shape[2]), [dy], monkeypatch)
+
+
 def test_the_stream_keeps_float32_where_layer_scale_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer scale of 1e-5 adds nothing to a stream in half precision."""
     pytest.importorskip("triton")

@@ -1,16 +1,12 @@
-"""The linear layer whose bias has its own sum, and convolutions before a batch norm."""
+"""The linear layer whose bias has its own sum."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mambavision_backbone.ops import conv_norm as conv_module
 from mambavision_backbone.ops import linear as package
-from mambavision_backbone.ops.conv_norm import conv_norm
 from mambavision_backbone.ops.linear import linear
 from tests.conftest import relative_error
 
@@ -64,22 +60,3 @@ def test_error_is_that_of_pytorch(dtype: torch.dtype, monkeypatch: pytest.Monkey
     exact = with_gradients(x.double(), layer.double(), dy.double(), None)
     for i, (a, e, b) in enumerate(zip(got, eager, exact, strict=True)):
         assert relative_error(a, b) <= 1.5 * max(relative_error(e, b), 1e-7), i
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_conv_norm(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the bias: the same output, statistics and gradients; the bias's is zero."""
-    conv, norm = nn.Conv2d(3, 4, 3, 1, 1), nn.BatchNorm2d(4, momentum=0.3)
-    nn.init.normal_(norm.weight)
-    norm.train(training)
-    x, dy = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7)
-    results = []
-    for fused in (True, False):
-        monkeypatch.setattr(conv_module, "fusible", lambda _, fused=fused: fused)
-        layers = copy.deepcopy(nn.Sequential(conv, norm)).double().to(DEVICE)
-        leaf = x.double().to(DEVICE).requires_grad_()
-        y = conv_norm(leaf, *layers) + conv_norm(2 * leaf, *layers)
-        grads = torch.autograd.grad(y, [leaf, *layers.parameters()], dy.double().to(DEVICE))
-        results.append([y, *grads, *layers.buffers()])
-    torch.testing.assert_close(*results)
-    assert (results[0][3] == 0).all() == training

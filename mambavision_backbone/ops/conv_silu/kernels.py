@@ -64,7 +64,7 @@ def backward(
 ):  # fmt: skip
     """Gradients; a program takes ``tiles`` tiles of rows.
 
-    Writes dxz (rows, 2D) and dw (programs, 3, 2D), to be summed over the programs.
+    Writes dxz (rows, 2D) and dw (programs, 2D, 3), to be summed over the programs.
     """
     branch = tl.program_id(1) % 2
     i_d = (tl.program_id(1) // 2) * BD + tl.arange(0, BD)[None, :]
@@ -100,7 +100,7 @@ def backward(
         dw0 += tl.sum(g0 * x_1, 0)
         dw1 += tl.sum(g0 * x0, 0)
         dw2 += tl.sum(g0 * x1, 0)
-    p_dw += tl.program_id(0) * 6 * D + branch * D + i_d
+    p_dw += tl.program_id(0) * 6 * D + 3 * (branch * D + i_d)
     tl.store(p_dw, dw0[None, :], m_d)
-    tl.store(p_dw + 2 * D, dw1[None, :], m_d)
-    tl.store(p_dw + 4 * D, dw2[None, :], m_d)
+    tl.store(p_dw + 1, dw1[None, :], m_d)
+    tl.store(p_dw + 2, dw2[None, :], m_d)

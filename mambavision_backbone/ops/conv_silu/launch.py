@@ -52,7 +52,7 @@ def backward(
     programs = ceil_div(rows, BLOCK_ROWS * TILES)
     dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
     (xz, s_xz), (dx, s_dx), (dz, s_dz) = rows_of(xz), rows_of(dx), rows_of(dz)
-    dw = torch.empty(programs, 3, 2 * dim, dtype=torch.float32, device=xz.device)
+    dw = torch.empty(programs, 2 * dim, 1, 3, dtype=torch.float32, device=xz.device)
     launch(
         kernels.backward,
         (programs, 2 * ceil_div(dim, BLOCK_D), 1),
@@ -61,7 +61,7 @@ def backward(
         (BLOCK_ROWS, BLOCK_D),
         WARPS,
     )  # fmt: skip
-    dw = row_sum(dw).t()[:, None].to(weight_x.dtype)
+    dw = row_sum(dw).to(weight_x.dtype)
     return dxz, dw[:dim], dw[dim:]
 
 

@@ -72,7 +72,14 @@ def add(
     factor: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``x + factor * gamma * (y + bias)``; arguments as in :func:`add_norm`."""
+    """``x + factor * gamma * (y + bias)``; arguments as in :func:`add_norm`, or maps.
+
+    Of tokens in one pass on a GPU.
+    """
+    if x.dim() == 3 and any(t is not None for t in (gamma, factor, bias)) and fusible(x):
+        from .launch import AddFunction
+
+        return call(AddFunction, x, y, bias, gamma, factor)
     if bias is not None:
         y = y + bias.to(y.dtype)
     if gamma is not None:

@@ -16,9 +16,9 @@ def forward(
     p_x, p_y, p_bias, p_gamma, p_factor, p_w, p_b, p_sum, p_n, p_mean, p_rstd,
     rows, L, C, eps,
     ADD: tl.constexpr, BIAS: tl.constexpr, GAMMA: tl.constexpr, FACTOR: tl.constexpr,
-    STATS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    NORM: tl.constexpr, STATS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write sum = x + factor · gamma · (y + bias) (with ADD) and n = norm(sum) · w + b.
+    """Write sum = x + factor · gamma · (y + bias) (with ADD) and n = norm(sum) · w + b (with NORM).
 
     With STATS also mean and 1/std.
     """
@@ -39,14 +39,15 @@ def forward(
         x = (x + y).to(p_sum.dtype.element_ty)
         tl.store(p_sum + o, x, m)
         x = x.to(tl.float32)  # as rounded: the norm of what the next block sees
-    mean = tl.sum(x, 1)[:, None] / C
-    d = tl.where(m, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(d * d, 1)[:, None] / C + eps)
-    n = d * rstd * load(p_w + i_c, m_c) + load(p_b + i_c, m_c)
-    tl.store(p_n + o, n.to(p_n.dtype.element_ty), m)
-    if STATS:
-        tl.store(p_mean + i_r[:, None], mean, m_r[:, None])
-        tl.store(p_rstd + i_r[:, None], rstd, m_r[:, None])
+    if NORM:
+        mean = tl.sum(x, 1)[:, None] / C
+        d = tl.where(m, x - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(d * d, 1)[:, None] / C + eps)
+        n = d * rstd * load(p_w + i_c, m_c) + load(p_b + i_c, m_c)
+        tl.store(p_n + o, n.to(p_n.dtype.element_ty), m)
+        if STATS:
+            tl.store(p_mean + i_r[:, None], mean, m_r[:, None])
+            tl.store(p_rstd + i_r[:, None], rstd, m_r[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "L", "tiles"])
@@ -54,17 +55,18 @@ def backward(
     p_dn, p_dsum, p_sum, p_y, p_bias, p_gamma, p_factor, p_w, p_mean, p_rstd,
     p_dx, p_dy, p_dparam,
     rows, L, C, tiles,
-    DSUM: tl.constexpr, DY: tl.constexpr, BIAS: tl.constexpr, GAMMA: tl.constexpr,
-    FACTOR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    NORM: tl.constexpr, DSUM: tl.constexpr, DY: tl.constexpr, BIAS: tl.constexpr,
+    GAMMA: tl.constexpr, FACTOR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients; a program takes ``tiles`` tiles of rows.
 
     Writes dx, with DY also dy (else it equals dx), and dparam (programs, 4, C), to be summed
-    over the programs: dw, db, with GAMMA dgamma and with BIAS dbias.
+    over the programs: dw, db, with GAMMA dgamma and with BIAS dbias. Without NORM dx is dn.
     """
     i_c = tl.arange(0, BC)[None, :]
     m_c = i_c < C
-    w = load(p_w + i_c, m_c)
+    if NORM:
+        w = load(p_w + i_c, m_c)
     if GAMMA:
         gamma = load(p_gamma + i_c, m_c)
     if BIAS:
@@ -78,18 +80,19 @@ def backward(
         m_r = i_r < rows
         m = m_r[:, None] & m_c
         o = i_r[:, None] * C + i_c
-        dn = load(p_dn + o, m)
-        rstd = load(p_rstd + i_r, m_r)[:, None]
-        n = (load(p_sum + o, m) - load(p_mean + i_r, m_r)[:, None]) * rstd
-        n = tl.where(m, n, 0.0)
-        dw += tl.sum(dn * n, 0)
-        db += tl.sum(dn, 0)
-        g = dn * w
-        along_n = tl.sum(g * n, 1)[:, None] / C
-        dx = (g - tl.sum(g, 1)[:, None] / C - n * along_n) * rstd
-        if DSUM:
-            dx += load(p_dsum + o, m)
-        tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), m)
+        dx = load(p_dn + o, m)
+        if NORM:
+            rstd = load(p_rstd + i_r, m_r)[:, None]
+            n = (load(p_sum + o, m) - load(p_mean + i_r, m_r)[:, None]) * rstd
+            n = tl.where(m, n, 0.0)
+            dw += tl.sum(dx * n, 0)
+            db += tl.sum(dx, 0)
+            g = dx * w
+            along_n = tl.sum(g * n, 1)[:, None] / C
+            dx = (g - tl.sum(g, 1)[:, None] / C - n * along_n) * rstd
+            if DSUM:
+                dx += load(p_dsum + o, m)
+            tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), m)
         dy = dx
         if FACTOR:
             dy *= load(p_factor + i_r // L, m_r)[:, None]

@@ -26,15 +26,18 @@ PROGRAMS = 1056  # of a backward kernel at most: eight on each multiprocessor of
 
 
 def forward_launch(
-    rows: int, seqlen: int, channels: int, eps: float, given: tuple[bool, ...], stats: bool
+    rows: int, seqlen: int, channels: int, eps: float | None, given: tuple[bool, ...], stats: bool
 ) -> Launch:
-    """``kernels.forward``; ``given`` says which of y, its bias, gamma and factor there are."""
+    """``kernels.forward``; ``given`` says which of y, its bias, gamma and factor there are.
+
+    Without ``eps`` there is no norm.
+    """
     block = power_of_2(channels)
     return Launch(
         kernels.forward,
         (ceil_div(rows, ROWS), 1, 1),
-        (rows, seqlen, channels, float(eps)),
-        (*given, stats, ROWS, block),
+        (rows, seqlen, channels, float(eps or 0)),
+        (*given, eps is not None, stats, ROWS, block),
         warps=max(1, block // 512),
     )
 
@@ -56,11 +59,7 @@ def forward(
     y, y_bias, gamma, factor = branch
     channels = x.shape[-1]
     rows = x.numel() // channels
-    total = x
-    if y is not None:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
-        total = torch.empty_like(x, dtype=dtype)
+    total = x if y is None else _sum_of(x, y, gamma)
     normed = torch.empty_like(x, dtype=compute_dtype(total))
     mean = rstd = None
     if stats:
@@ -72,33 +71,41 @@ def forward(
     return total, normed, mean, rstd
 
 
+def _sum_of(x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
+    """Memory for x and a branch."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+    return torch.empty_like(x, dtype=dtype)
+
+
 def _backward(
     dtotal: Tensor | None,
     dnormed: Tensor,
-    total: Tensor,
+    total: Tensor | None,
     branch: tuple[Tensor | None, ...],
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dx: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    dx: Tensor | None,
     dy: Tensor | None,
 ) -> Tensor:
     """Write the gradients of x and, unless None, of y; return those of weight, bias, gamma, y_bias.
 
     The latter are (4, C) in float32. ``branch`` as for ``forward``, y itself only with gamma.
+    Without a norm's weight ``dnormed`` is the gradient of the sum, and of x.
     """
     y, y_bias, gamma, factor = branch
-    channels = total.shape[-1]
-    rows = total.numel() // channels
+    channels = dnormed.shape[-1]
+    rows = dnormed.numel() // channels
     programs, tiles = split_rows(rows, ROWS, PROGRAMS)
-    dparam = torch.empty(programs, 4, channels, dtype=torch.float32, device=total.device)
+    dparam = torch.empty(programs, 4, channels, dtype=torch.float32, device=dnormed.device)
     block = power_of_2(channels)
-    options = (t is not None for t in (dtotal, dy, y_bias, gamma, factor))
+    options = (t is not None for t in (weight, dtotal, dy, y_bias, gamma, factor))
     launch(
         kernels.backward,
         (programs, 1, 1),
         (dnormed, dtotal, total, y, y_bias, gamma, factor, weight, mean, rstd, dx, dy, dparam),
-        (rows, total.shape[1], channels, tiles),
+        (rows, dnormed.shape[1], channels, tiles),
         (*options, ROWS, block),
         warps=max(2, block // 512),
     )  # fmt: skip
@@ -126,6 +133,44 @@ class NormFunction(torch.autograd.Function):
             None, dnormed.contiguous(), x, _NOTHING, weight, mean, rstd, dx, None
         ).to(weight.dtype)
         return dx, dparam[0], dparam[1], None
+
+
+class AddFunction(torch.autograd.Function):
+    """``add`` of tokens with gradients; keeps y only where gamma needs it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        y_bias: Tensor | None,
+        gamma: Tensor | None,
+        factor: Tensor | None,
+    ) -> Tensor:
+        """Add."""
+        x, y = x.contiguous(), y.contiguous()
+        branch = (y, y_bias, gamma, factor)
+        batch, seqlen, channels = x.shape
+        total = _sum_of(x, y, gamma)
+        given = tuple(t is not None for t in branch)
+        start = forward_launch(batch * seqlen, seqlen, channels, None, given, False)
+        start(x, *branch, None, None, total, None, None, None)
+        ctx.save_for_backward(None if gamma is None else y, y_bias, gamma, factor)
+        ctx.dtypes = x.dtype, y.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, y, y_bias and gamma."""
+        y, y_bias, gamma, factor = branch = ctx.saved_tensors
+        x_dtype, y_dtype = ctx.dtypes
+        dtotal = dtotal.contiguous()
+        dy = torch.empty_like(dtotal, dtype=y_dtype)
+        dparam = _backward(None, dtotal, None, branch, None, None, None, None, dy)
+        dgamma = None if gamma is None else dparam[2].to(gamma.dtype)
+        dbias = None if y_bias is None else dparam[3].to(y_bias.dtype)
+        return dtotal.to(x_dtype), dy, dbias, dgamma, None
 
 
 class AddNormFunction(torch.autograd.Function):

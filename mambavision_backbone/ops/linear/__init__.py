@@ -7,12 +7,12 @@ from typing import TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..triton_support import call, fusible
+from ..triton_support import call, fusible, hooked
 
 
 def plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is a linear one and nothing else: no adapter, no pruning, no hooks."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is nn.Linear and not hooked(layer)
 
 
 def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:

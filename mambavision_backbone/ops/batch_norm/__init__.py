@@ -1,0 +1,75 @@
+"""A convolution, the batch norm that follows it, and what comes after that."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layer_norm import add
+from ..triton_support import call, fusible, hooked
+
+
+def conv_norm(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    act: nn.Module | None = None,
+    stream: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """``act(norm(conv(x)))``, or where there is a stream ``stream + factor * norm(conv(x))``.
+
+    In training on a GPU all but the convolution is two kernels, and two in the backward pass. A
+    batch norm in training mode takes the mean away, and with it the convolution's bias: there the
+    bias is neither added nor differentiated, only its share in the running mean is kept. Its
+    gradient is zero, as it is otherwise but for rounding.
+
+    Args:
+        x: (B, C, H, W).
+        conv: C → D.
+        norm: of D channels.
+        act: the activation, if there is no stream.
+        stream: (B, D, H', W'), of the dtype of ``conv(x)``.
+        factor: (B, 1, 1, 1) factors of drop path, or None.
+
+    Returns:
+        (B, D, H', W').
+    """
+    if not (_fused(conv, norm, act) and fusible(x)):
+        y = norm(conv(x))
+        if stream is not None:
+            return add(stream, y, None, factor)
+        return y if act is None else act(y)
+    from .launch import BatchNormFunction, Running
+
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if y.numel() == y.shape[1]:
+        return norm(y)  # which raises an error: one value has no variance
+    layout = torch.channels_last
+    stream = None if stream is None else stream.contiguous(memory_format=layout)
+    assert norm.momentum is not None
+    running = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    weights = conv.bias, norm.weight, norm.bias
+    y = y.contiguous(memory_format=layout)
+    return call(
+        BatchNormFunction, y, *weights, stream, factor, _ACTS[type(act)], norm.eps, running
+    )
+
+
+_ACTS = {type(None): "none", nn.ReLU: "relu", nn.GELU: "gelu_tanh"}
+
+
+def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d, act: nn.Module | None) -> bool:
+    """Whether kernels do all that the modules do."""
+    return (
+        type(conv) is nn.Conv2d
+        and type(norm) is nn.BatchNorm2d
+        and type(act) in _ACTS
+        and getattr(act, "approximate", "tanh") == "tanh"
+        and norm.training
+        and norm.affine
+        and norm.momentum is not None
+        and conv.padding_mode == "zeros"
+        and not any(module is not None and hooked(module) for module in (conv, norm, act))
+    )

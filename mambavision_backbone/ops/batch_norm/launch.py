@@ -1,0 +1,122 @@
+"""Sizes, buffers and launches of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..triton_support import ceil_div, launch, split_rows
+from . import kernels
+
+BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_PARTS, WARPS = 64, 32, 32, 4
+PARTS, PROGRAMS = 264, 528  # programs at most: two and four on each multiprocessor of a large GPU
+
+
+class Running(NamedTuple):
+    """Statistics of the images seen so far, and the share of new ones; None where not tracked."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    count: Tensor | None
+    share: float
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Batch norm in training with what follows it; keeps its input and computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        conv_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        stream: Tensor | None,
+        factor: Tensor | None,
+        act: str,
+        eps: float,
+        running: Running,
+    ) -> Tensor:
+        """``act(norm(x))`` of channels-last x (B, C, H, W), or ``stream + factor * norm(x)``.
+
+        x lacks the bias, which is added to its mean among the running statistics, and updates those.
+        """
+        y = torch.empty_like(x)
+        channels = x.shape[1]
+        stats = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+        (rows, pixels), columns = _sizes(x)
+        programs, tiles = _split(rows, columns, PARTS)
+        parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+        launch(
+            kernels.statistics,
+            (programs, columns, 1),
+            (x, parts),
+            (rows, channels, tiles),
+            (BLOCK_ROWS, BLOCK_CHANNELS),
+            WARPS,
+        )
+        given = [t is not None for t in (stream, factor, conv_bias, running.mean, running.count)]
+        grid, tiles = _split(rows, columns, PROGRAMS)
+        launch(
+            kernels.forward,
+            (grid, columns, 1),
+            (x, parts, weight, bias, stream, factor, conv_bias, y, stats, *running[:3]),
+            (rows, pixels, channels, tiles, programs, float(eps), float(running.share)),
+            (act, *given, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_PARTS),
+            WARPS,
+        )
+        ctx.save_for_backward(x, weight, bias, factor, stats)
+        ctx.act, ctx.added = act, stream is not None
+        ctx.conv_bias_dtype = None if conv_bias is None else conv_bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, conv_bias (zeros), weight, bias and stream."""
+        x, weight, bias, factor, stats = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        channels = x.shape[1]
+        dx = torch.empty_like(x)
+        dparam = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+        dtype = ctx.conv_bias_dtype
+        dconv_bias = None if dtype is None else torch.empty(channels, dtype=dtype, device=x.device)
+        (rows, pixels), columns = _sizes(x)
+        programs, tiles = _split(rows, columns, PARTS)
+        parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+        given = dy, x, stats, weight, bias, factor, parts
+        options = ctx.act, factor is not None
+        launch(
+            kernels.gradient_sums,
+            (programs, columns, 1),
+            given,
+            (rows, pixels, channels, tiles),
+            (*options, BLOCK_ROWS, BLOCK_CHANNELS),
+            WARPS,
+        )
+        grid, tiles = _split(rows, columns, PROGRAMS)
+        launch(
+            kernels.backward,
+            (grid, columns, 1),
+            (*given, dx, dparam, dconv_bias),
+            (rows, pixels, channels, tiles, programs),
+            (*options, dtype is not None, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_PARTS),
+            WARPS,
+        )
+        dweight, dbias = dparam.to(weight.dtype).unbind()
+        dstream = dy if ctx.added else None
+        return dx, dconv_bias, dweight, dbias, dstream, None, None, None, None
+
+
+def _sizes(x: Tensor) -> tuple[tuple[int, int], int]:
+    """Rows of all images and of one, and blocks of channels."""
+    batch, channels, height, width = x.shape
+    return (batch * height * width, height * width), ceil_div(channels, BLOCK_CHANNELS)
+
+
+def _split(rows: int, columns: int, programs: int) -> tuple[int, int]:
+    """Programs for a block of channels, of so many in all, and tiles for each."""
+    return split_rows(rows, BLOCK_ROWS, max(1, programs // columns))
