@@ -23,22 +23,14 @@ _EMPTY |= {aten.new_empty.default, aten.new_empty_strided.default}
 # The same operators by functions that take their arguments apart in half the time.
 _QUICK: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
-    aten.add_.Tensor: Tensor.add_,
-    aten.addcmul.default: torch.addcmul,
     aten.addmm.default: torch.addmm,
     aten.addmm_.default: Tensor.addmm_,
     aten.cat.default: torch.cat,
-    aten.clone.default: torch.clone,
     aten.convolution.default: torch.convolution,
     aten.copy_.default: Tensor.copy_,
-    aten.cudnn_batch_norm.default: torch.cudnn_batch_norm,
     aten.gelu.default: torch.nn.functional.gelu,
     aten.mm.default: torch.mm,
     aten.mm.out: torch.mm,
-    aten.mul.Tensor: torch.mul,
-    aten.native_batch_norm.default: torch.native_batch_norm,
-    aten.relu.default: torch.relu,
-    aten.zeros_like.default: torch.zeros_like,
 }
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 

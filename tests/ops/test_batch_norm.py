@@ -33,7 +33,6 @@ def with_gradients(
     """Output, gradients of x, the stream and the layers' weights, and statistics."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x, stream) if leaf is not None]
     y = conv_norm(leaves[0], *layers, *[None] * (3 - len(layers)), *leaves[1:], factor=factor)
-    assert y.is_contiguous(memory_format=LAYOUT)
     grads = torch.autograd.grad(y, [*leaves, *layers.parameters()], dy.to(y.dtype))
     return [y, *grads, *(b.clone() for b in layers.buffers())]
 
@@ -46,7 +45,7 @@ def inputs_of(
     shape: tuple[int, int, int, int], stream: bool, factor: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """x, the gradient, the stream and drop path's factors, for layers of so many channels."""
-    batch, channels, *hw = shape
+    batch, _, *hw = shape
     x = torch.randn(batch, 3, *hw).to(memory_format=LAYOUT)
     dy, added = (torch.randn(shape).to(memory_format=LAYOUT) for _ in range(2))
     factors = torch.tensor([0.0, 1.5, 1.25])[:batch].view(-1, 1, 1, 1)
@@ -82,6 +81,7 @@ def test_kernels(
     moved = [None if i is None else i.to(DEVICE) for i in inputs]
     with torch.backends.cudnn.flags(allow_tf32=False):
         got = with_gradients(layers.to(DEVICE), *moved)
+    assert got[0].is_contiguous(memory_format=LAYOUT)
     zero = 3 + stream  # y, dx, the stream's and dweight are before it
     assert (got[zero] == 0).all()
     for i, (a, b) in enumerate(zip(got, exact, strict=True)):
@@ -115,6 +115,20 @@ def test_running_statistics(settings: dict[str, object], monkeypatch: pytest.Mon
     torch.testing.assert_close(got, plain(x), rtol=1e-3, atol=1e-3)
     for a, b in zip(layers.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu", "none"])
+def test_a_nan_is_seen(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the output, the gradients and the statistics, as PyTorch's: loss scaling looks for it."""
+    pytest.importorskip("triton")
+    set_fused(monkeypatch, True)
+    layers = make_layers(5, act).to(DEVICE)
+    x, dy, *_ = inputs_of((2, 5, 3, 3), False, False)
+    x[0, 0, 0, 0] = torch.nan
+    y, dx, _, _, dweight, _, mean, var, _ = with_gradients(
+        layers, x.to(DEVICE), dy.to(DEVICE), None, None
+    )
+    assert all(t.isnan().all() for t in (y, dx, dweight, mean, var))
 
 
 class _Doubled(nn.BatchNorm2d):

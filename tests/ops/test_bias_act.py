@@ -26,3 +26,11 @@ def test_kernel(act: str, add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(bias_act(y.clone(), bias, act, x), exact) < 1e-6
     other = y.contiguous()  # not channels-last: PyTorch's operators
     assert relative_error(bias_act(other, bias, act, x), exact) < 1e-6
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "gelu_tanh"])
+def test_a_nan_stays_one(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(package, "fusible", lambda _: True)
+    y = torch.full((1, 3, 2, 2), torch.nan, device=DEVICE).to(memory_format=torch.channels_last)
+    assert bias_act(y, torch.zeros(3, device=DEVICE), act).isnan().all()

@@ -12,13 +12,13 @@ from ..triton_support import call, fusible, hooked
 
 def conv_norm(
     x: Tensor,
-    conv: nn.Conv2d,
-    norm: nn.BatchNorm2d,
+    conv: nn.Module,
+    norm: nn.Module,
     act: nn.Module | None = None,
     stream: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """``act(norm(conv(x)))``, or where there is a stream ``stream + factor * norm(conv(x))``.
+    """``act(norm(conv(x)))``; where there is a stream, ``stream + factor`` times that.
 
     In training on a GPU all but the convolution is two kernels, and two in the backward pass. A
     batch norm in training mode takes the mean away, and with it the convolution's bias: there the
@@ -27,9 +27,9 @@ def conv_norm(
 
     Args:
         x: (B, C, H, W).
-        conv: C → D.
-        norm: of D channels.
-        act: the activation, if there is no stream.
+        conv: a 2D convolution, C → D.
+        norm: a batch norm of D channels.
+        act: the activation, or None.
         stream: (B, D, H', W'), of the dtype of ``conv(x)``.
         factor: (B, 1, 1, 1) factors of drop path, or None.
 
@@ -38,9 +38,11 @@ def conv_norm(
     """
     if not (_fused(conv, norm, act) and fusible(x)):
         y = norm(conv(x))
-        if stream is not None:
-            return add(stream, y, None, factor)
-        return y if act is None else act(y)
+        y = y if act is None else act(y)
+        return y if stream is None else add(stream, y, None, factor)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.momentum is not None
     from .launch import BatchNormFunction, Running
 
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -48,19 +50,16 @@ def conv_norm(
         return norm(y)  # which raises an error: one value has no variance
     layout = torch.channels_last
     stream = None if stream is None else stream.contiguous(memory_format=layout)
-    assert norm.momentum is not None
     running = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
     weights = conv.bias, norm.weight, norm.bias
     y = y.contiguous(memory_format=layout)
-    return call(
-        BatchNormFunction, y, *weights, stream, factor, _ACTS[type(act)], norm.eps, running
-    )
+    return call(BatchNormFunction, y, *weights, stream, factor, _ACTS[type(act)], norm.eps, running)
 
 
 _ACTS = {type(None): "none", nn.ReLU: "relu", nn.GELU: "gelu_tanh"}
 
 
-def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d, act: nn.Module | None) -> bool:
+def _fused(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> bool:
     """Whether kernels do all that the modules do."""
     return (
         type(conv) is nn.Conv2d

@@ -10,20 +10,15 @@ Names: ``p_`` pointer, ``i_`` index, ``m_`` mask.
 import triton
 import triton.language as tl
 
-from ..triton_common import load
+from ..triton_common import activate, load
 
 
 @triton.jit
-def channels(C, BC: tl.constexpr):
-    """Those of a program, and which of them exist."""
+def places(C, tiles, BR: tl.constexpr, BC: tl.constexpr):
+    """Channels of a program, which of them exist, its first row, and rows and offsets of a tile."""
     i_c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-    return i_c, i_c < C
-
-
-@triton.jit
-def first_row(tiles, BR: tl.constexpr):
-    """Of a program."""
-    return tl.program_id(0).to(tl.int64) * tiles * BR
+    i_r = tl.arange(0, BR)[:, None]
+    return i_c, i_c < C, tl.program_id(0) * tiles * BR, i_r, i_r * C + i_c
 
 
 @triton.jit
@@ -48,20 +43,10 @@ def read_parts(p_parts, parts, i_c, m_c, C, BP: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def activate(z, ACT: tl.constexpr):
-    """The activation of z."""
-    if ACT == "relu":
-        z = tl.maximum(z, 0.0)
-    elif ACT == "gelu_tanh":  # tanh(a) = 2 sigmoid(2 a) - 1
-        z *= tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    return z
-
-
-@triton.jit
 def slope(z, ACT: tl.constexpr):
-    """Its derivative."""
+    """The derivative of ``activate``."""
     if ACT == "relu":
-        d = tl.where(z > 0, 1.0, 0.0)
+        d = tl.where(z <= 0, 0.0, 1.0)
     else:
         s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         d = s * (1 + z * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z))
@@ -75,15 +60,14 @@ def statistics(
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write parts: sums of d = x - first row of x, which is near the mean, and of its square."""
-    i_c, m_c = channels(C, BC)
+    i_c, m_c, start, i_r, o = places(C, tiles, BR, BC)
     shift = load(p_x + i_c, m_c)
-    start = first_row(tiles, BR)
     total = tl.zeros((BR, BC), tl.float32)
     squares = tl.zeros((BR, BC), tl.float32)
     for k in range(0, tiles):
-        i_r = start + k * BR + tl.arange(0, BR)[:, None]
-        m = (i_r < rows) & m_c
-        d = tl.where(m, load(p_x + i_r * C + i_c, m) - shift, 0.0)
+        first = start + k * BR
+        m = (i_r < rows - first) & m_c
+        d = tl.where(m, load(p_x + first.to(tl.int64) * C + o, m) - shift, 0.0)
         total += d
         squares += d * d
     write_parts(p_parts, total, squares, i_c, m_c, C)
@@ -103,14 +87,15 @@ def forward(
     ``parts`` are those of ``statistics``. Running statistics take their share of the new ones, the
     mean with the bias that x lacks. Images have so many ``pixels``.
     """
-    i_c, m_c = channels(C, BC)
+    i_c, m_c, start, i_r, o = places(C, tiles, BR, BC)
     total, squares = read_parts(p_parts, parts, i_c, m_c, C, BP, BC)
     count = rows.to(tl.float32)
     mean = total / count
-    variance = tl.maximum(squares / count - mean * mean, 0.0)
+    variance = squares / count - mean * mean
+    variance = tl.where(variance < 0, 0.0, variance)  # a NaN stays one
     rstd = tl.rsqrt(variance + eps)
     mean += load(p_x + i_c, m_c)
-    if tl.program_id(0) == 0:
+    if start == 0:
         tl.store(p_stats + i_c, mean, m_c)
         tl.store(p_stats + C + i_c, rstd, m_c)
         if RUNNING:
@@ -122,40 +107,44 @@ def forward(
             old = load(p_running_var + i_c, m_c)
             unbiased = variance * (count / (count - 1))
             tl.store(p_running_var + i_c, old + share * (unbiased - old), m_c)
-        if COUNT:
-            if tl.program_id(1) == 0:
-                tl.store(p_count, tl.load(p_count) + 1)
+        if COUNT and tl.program_id(1) == 0:
+            tl.store(p_count, tl.load(p_count) + 1)
     w, b = load(p_w + i_c, m_c) * rstd, load(p_b + i_c, m_c)
-    start = first_row(tiles, BR)
     for k in range(0, tiles):
-        i_r = start + k * BR + tl.arange(0, BR)[:, None]
-        m_r = i_r < rows
+        first = start + k * BR
+        skipped = first.to(tl.int64) * C
+        m_r = i_r < rows - first
         m = m_r & m_c
-        o = i_r * C + i_c
-        y = activate((load(p_x + o, m) - mean) * w + b, ACT)
+        y = activate((load(p_x + skipped + o, m) - mean) * w + b, ACT)
         if ADD:
             if FACTOR:
-                y *= load(p_factor + i_r // pixels, m_r)
-            y += load(p_stream + o, m)
-        tl.store(p_y + o, y.to(p_y.dtype.element_ty), m)
+                y *= load(p_factor + (first + i_r) // pixels, m_r)
+            y += load(p_stream + skipped + o, m)
+        tl.store(p_y + skipped + o, y.to(p_y.dtype.element_ty), m)
 
 
 @triton.jit
 def gradient(
-    p_dy, p_x, p_stats, p_w, p_b, p_factor, i_r, i_c, m_r, m_c, pixels, C,
+    p_dy, p_x, p_factor, mean, rstd, w, b, first, i_r, o, m_r, m_c, pixels, C,
     ACT: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """The normalised values of a tile, and the gradient of norm(x) · w + b."""
     m = m_r & m_c
-    o = i_r * C + i_c
-    rstd = load(p_stats + C + i_c, m_c)
-    n = tl.where(m, (load(p_x + o, m) - load(p_stats + i_c, m_c)) * rstd, 0.0)
-    g = load(p_dy + o, m)
+    skipped = first.to(tl.int64) * C
+    n = tl.where(m, (load(p_x + skipped + o, m) - mean) * rstd, 0.0)
+    g = load(p_dy + skipped + o, m)
     if ACT != "none":
-        g *= slope(n * load(p_w + i_c, m_c) + load(p_b + i_c, m_c), ACT)
+        g *= slope(n * w + b, ACT)
     if FACTOR:
-        g *= load(p_factor + i_r // pixels, m_r)
+        g *= load(p_factor + (first + i_r) // pixels, m_r)
     return n, g
+
+
+@triton.jit
+def known(p_stats, p_w, p_b, i_c, m_c, C):
+    """Mean, 1/std, w and b, (1, BC)."""
+    mean, rstd = load(p_stats + i_c, m_c), load(p_stats + C + i_c, m_c)
+    return mean, rstd, load(p_w + i_c, m_c), load(p_b + i_c, m_c)
 
 
 @triton.jit(do_not_specialize=["rows", "pixels", "tiles"])
@@ -165,15 +154,15 @@ def gradient_sums(
     ACT: tl.constexpr, FACTOR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write parts: sums of g, the gradient of norm(x) · w + b, and of g · norm(x)."""
-    i_c, m_c = channels(C, BC)
-    start = first_row(tiles, BR)
+    i_c, m_c, start, i_r, o = places(C, tiles, BR, BC)
+    mean, rstd, w, b = known(p_stats, p_w, p_b, i_c, m_c, C)
     db = tl.zeros((BR, BC), tl.float32)
     dw = tl.zeros((BR, BC), tl.float32)
     for k in range(0, tiles):
-        i_r = start + k * BR + tl.arange(0, BR)[:, None]
-        m_r = i_r < rows
+        first = start + k * BR
+        m_r = i_r < rows - first
         n, g = gradient(
-            p_dy, p_x, p_stats, p_w, p_b, p_factor, i_r, i_c, m_r, m_c, pixels, C, ACT, FACTOR
+            p_dy, p_x, p_factor, mean, rstd, w, b, first, i_r, o, m_r, m_c, pixels, C, ACT, FACTOR
         )
         db += g
         dw += g * n
@@ -191,9 +180,10 @@ def backward(
 
     ``parts`` are those of ``gradient_sums``.
     """
-    i_c, m_c = channels(C, BC)
+    i_c, m_c, start, i_r, o = places(C, tiles, BR, BC)
+    mean, rstd, w, b = known(p_stats, p_w, p_b, i_c, m_c, C)
     db, dw = read_parts(p_parts, parts, i_c, m_c, C, BP, BC)
-    if tl.program_id(0) == 0:
+    if start == 0:
         tl.store(p_dparam + i_c, dw, m_c)
         tl.store(p_dparam + C + i_c, db, m_c)
         if CONV_BIAS:
@@ -201,13 +191,12 @@ def backward(
             tl.store(p_dconv_bias + i_c, zeros.to(p_dconv_bias.dtype.element_ty), m_c)
     count = rows.to(tl.float32)
     db, dw = db / count, dw / count
-    scale = load(p_w + i_c, m_c) * load(p_stats + C + i_c, m_c)
-    start = first_row(tiles, BR)
     for k in range(0, tiles):
-        i_r = start + k * BR + tl.arange(0, BR)[:, None]
-        m_r = i_r < rows
+        first = start + k * BR
+        m_r = i_r < rows - first
         n, g = gradient(
-            p_dy, p_x, p_stats, p_w, p_b, p_factor, i_r, i_c, m_r, m_c, pixels, C, ACT, FACTOR
+            p_dy, p_x, p_factor, mean, rstd, w, b, first, i_r, o, m_r, m_c, pixels, C, ACT, FACTOR
         )
-        dx = scale * (g - db - n * dw)
-        tl.store(p_dx + i_r * C + i_c, dx.to(p_dx.dtype.element_ty), m_r & m_c)
+        dx = w * rstd * (g - db - n * dw)
+        p = p_dx + first.to(tl.int64) * C + o
+        tl.store(p, dx.to(p_dx.dtype.element_ty), m_r & m_c)

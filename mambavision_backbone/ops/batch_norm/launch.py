@@ -11,8 +11,19 @@ from torch.autograd.function import once_differentiable
 from ..triton_support import ceil_div, launch, split_rows
 from . import kernels
 
-BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_PARTS, WARPS = 64, 32, 32, 4
-PARTS, PROGRAMS = 264, 528  # programs at most: two and four on each multiprocessor of a large GPU
+BLOCK_CHANNELS, BLOCK_PARTS = 32, 32
+PROGRAMS = 528  # at most: four on each multiprocessor of a large GPU
+
+
+class _Tiles(NamedTuple):
+    """Rows and warps of a program, and how many programs sum up at most."""
+
+    rows: int
+    warps: int
+    parts: int
+
+
+FORWARD, BACKWARD = _Tiles(128, 8, 264), _Tiles(64, 4, 528)
 
 
 class Running(NamedTuple):
@@ -20,7 +31,7 @@ class Running(NamedTuple):
 
     mean: Tensor | None
     var: Tensor | None
-    count: Tensor | None
+    batches: Tensor | None
     share: float
 
 
@@ -42,31 +53,32 @@ class BatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """``act(norm(x))`` of channels-last x (B, C, H, W), or ``stream + factor * norm(x)``.
 
-        x lacks the bias, which is added to its mean among the running statistics, and updates those.
+        Updates the running statistics, whose mean is that of x with the bias, which x lacks.
         """
         y = torch.empty_like(x)
         channels = x.shape[1]
         stats = torch.empty(2, channels, dtype=torch.float32, device=x.device)
         (rows, pixels), columns = _sizes(x)
-        programs, tiles = _split(rows, columns, PARTS)
+        block, warps, most = FORWARD
+        programs, tiles = split_rows(rows, block, max(1, most // columns))
         parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         launch(
             kernels.statistics,
             (programs, columns, 1),
             (x, parts),
             (rows, channels, tiles),
-            (BLOCK_ROWS, BLOCK_CHANNELS),
-            WARPS,
+            (block, BLOCK_CHANNELS),
+            warps,
         )
-        given = [t is not None for t in (stream, factor, conv_bias, running.mean, running.count)]
-        grid, tiles = _split(rows, columns, PROGRAMS)
+        given = [t is not None for t in (stream, factor, conv_bias, running.mean, running.batches)]
+        grid, tiles = split_rows(rows, block, max(1, PROGRAMS // columns))
         launch(
             kernels.forward,
             (grid, columns, 1),
             (x, parts, weight, bias, stream, factor, conv_bias, y, stats, *running[:3]),
             (rows, pixels, channels, tiles, programs, float(eps), float(running.share)),
-            (act, *given, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_PARTS),
-            WARPS,
+            (act, *given, block, BLOCK_CHANNELS, BLOCK_PARTS),
+            warps,
         )
         ctx.save_for_backward(x, weight, bias, factor, stats)
         ctx.act, ctx.added = act, stream is not None
@@ -85,7 +97,8 @@ class BatchNormFunction(torch.autograd.Function):
         dtype = ctx.conv_bias_dtype
         dconv_bias = None if dtype is None else torch.empty(channels, dtype=dtype, device=x.device)
         (rows, pixels), columns = _sizes(x)
-        programs, tiles = _split(rows, columns, PARTS)
+        block, warps, most = BACKWARD
+        programs, tiles = split_rows(rows, block, max(1, most // columns))
         parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         given = dy, x, stats, weight, bias, factor, parts
         options = ctx.act, factor is not None
@@ -94,17 +107,17 @@ class BatchNormFunction(torch.autograd.Function):
             (programs, columns, 1),
             given,
             (rows, pixels, channels, tiles),
-            (*options, BLOCK_ROWS, BLOCK_CHANNELS),
-            WARPS,
+            (*options, block, BLOCK_CHANNELS),
+            warps,
         )
-        grid, tiles = _split(rows, columns, PROGRAMS)
+        grid, tiles = split_rows(rows, block, max(1, PROGRAMS // columns))
         launch(
             kernels.backward,
             (grid, columns, 1),
             (*given, dx, dparam, dconv_bias),
             (rows, pixels, channels, tiles, programs),
-            (*options, dtype is not None, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_PARTS),
-            WARPS,
+            (*options, dtype is not None, block, BLOCK_CHANNELS, BLOCK_PARTS),
+            warps,
         )
         dweight, dbias = dparam.to(weight.dtype).unbind()
         dstream = dy if ctx.added else None
@@ -115,8 +128,3 @@ def _sizes(x: Tensor) -> tuple[tuple[int, int], int]:
     """Rows of all images and of one, and blocks of channels."""
     batch, channels, height, width = x.shape
     return (batch * height * width, height * width), ceil_div(channels, BLOCK_CHANNELS)
-
-
-def _split(rows: int, columns: int, programs: int) -> tuple[int, int]:
-    """Programs for a block of channels, of so many in all, and tiles for each."""
-    return split_rows(rows, BLOCK_ROWS, max(1, programs // columns))

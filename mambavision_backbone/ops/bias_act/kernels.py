@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_common import load
+from ..triton_common import activate, load
 
 
 @triton.jit
@@ -14,11 +14,7 @@ def forward(
     """Write y = act(y + bias), with ADD + x, of n elements whose channels are innermost."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = i < n
-    y = load(p_y + i, m) + load(p_bias + i % C, m)
-    if ACT == "relu":
-        y = tl.maximum(y, 0.0)
-    elif ACT == "gelu_tanh":  # tanh(z) = 2 sigmoid(2 z) - 1
-        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    y = activate(load(p_y + i, m) + load(p_bias + i % C, m), ACT)
     if ADD:
         y += load(p_x + i, m)
     tl.store(p_y + i, y.to(p_y.dtype.element_ty), m)

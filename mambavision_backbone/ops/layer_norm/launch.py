@@ -163,7 +163,8 @@ class AddFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, y, y_bias and gamma."""
-        y, y_bias, gamma, factor = branch = ctx.saved_tensors
+        branch = ctx.saved_tensors
+        _, y_bias, gamma, _ = branch
         x_dtype, y_dtype = ctx.dtypes
         dtotal = dtotal.contiguous()
         dy = torch.empty_like(dtotal, dtype=y_dtype)
