@@ -152,7 +152,7 @@ class Snapshot:
         return facts
 
     def _all_members(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._members))
+        return chain.from_iterable(group.values() for group in self._members)
 
 
 def _saves_otherwise() -> bool:

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from .layers.attention import Attention
 from .layers.blocks import Branch, TokenBlock
 from .layers.mixer import MambaVisionMixer
 from .layers.stage import TokenStage
 from .layers.windows import merge, partition
+from .ops.plain import global_hooks
 from .ops.selective_scan import choose_backend
 from .ops.triton_support import Launch, aligned, fusible
 
@@ -88,7 +88,7 @@ class StraightStage(TokenStage):
             and x.dtype == self._chain[0].norm1[0].dtype != torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and not (any(self._hooks) or _global_hooks())
+            and not (any(self._hooks) or global_hooks())
             and not getattr(self, "_is_replica", False)  # weights not its own
         )
 
@@ -134,10 +134,6 @@ def _chain_anew(stage: nn.Module, _keys: Any) -> None:
 def _has_biases(mixer: MambaVisionMixer) -> bool:
     """Which the published ones have not."""
     return any(m.bias is not None for m in (mixer.in_proj, mixer.x_proj, mixer.out_proj))
-
-
-def _global_hooks() -> bool:
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def _alike(chain: Sequence[_Block]) -> bool:

@@ -178,6 +178,36 @@ def test_what_cannot_be_played_is_refused(function: Any, reason: str) -> None:
 OUTSIDE = torch.ones(3)
 
 
+def test_outputs_of_the_last_part_share_memory() -> None:
+    """Of two dtypes, one that is read later, and more of them than a slab holds."""
+    recorder = Recorder([])
+    x, g = torch.randn(4), torch.randn(4)
+    with recorder.part([x]) as outputs:
+        a = torch.empty(4).copy_(x + 1)
+        outputs += [a]
+
+    def last(a: Tensor, g: Tensor) -> list[Tensor]:
+        b = torch.empty(4).copy_(a * g)
+        c = torch.empty(3, dtype=torch.float16).copy_(b[1:])
+        large = [torch.empty(SLAB // 2 // 4).fill_(0).add_(i + b.sum()) for i in range(3)]
+        b.mul_(2)
+        return [b, c, c[:2], *large]
+
+    with recorder.part([g]) as outputs:
+        outputs += last(a, g)
+    tape = recorder.tape()
+    slots = tape.start()
+    x, g = torch.randn(4), torch.randn(4)
+    tape.play(0, slots, [x])
+    kept = []
+    for play in (tape.play_again, tape.play_again, tape.play):
+        got, wanted = play(1, slots, [g]), last(x + 1, g)
+        kept.append((got, wanted))
+        assert got[0].untyped_storage().data_ptr() == got[1].untyped_storage().data_ptr()
+    for got, wanted in kept:  # each play's are its own
+        assert all(map(torch.equal, got, wanted))
+
+
 def test_no_tensors_are_kept() -> None:
     """Storages die while a recording goes on, and others may come to their addresses."""
 

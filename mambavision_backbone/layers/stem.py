@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops.batch_norm import conv_norm
-from ..ops.triton_support import hooked
+from ..ops.plain import plain
 
 
 class PatchEmbed(nn.Module):
@@ -30,9 +30,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed the image."""
-        if hooked(self.conv_down):
-            return self.conv_down(x)
-        conv1, norm1, act1, conv2, norm2, act2 = self.conv_down
+        layers = self.conv_down
+        if not plain(layers, nn.Sequential) or len(layers) != 6:
+            return layers(x)
+        conv1, norm1, act1, conv2, norm2, act2 = layers
         return conv_norm(conv_norm(x, conv1, norm1, act1), conv2, norm2, act2)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -282,16 +282,6 @@ def _specialisation(value: float) -> Any:
     if value < 2:
         return value
     return (2 if value < _WIDE else 4) + (not value & 15)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether more than a module's forward pass is to be run, so that nothing can stand for it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -55,7 +55,7 @@ def _places(
 ) -> dict[int, tuple[Slab, int]]:
     """Slabs and offsets of what is allocated, but for large tensors and the first part's outputs.
 
-    The last part's have a slab of their own, which is not used again.
+    The last part's have a slab of their own, as far as that goes, which is not used again.
     """
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -65,6 +65,7 @@ def _places(
         else:
             last.update(dict.fromkeys(touched(step), i))
     *before, results = ({view.storage for view in s.outputs if view} for s in sections)
+    earlier = set().union(*before)
     results &= {step.storage for step in sections[-1].steps if isinstance(step, Empty)}
     end = sum(len(section.steps) for section in sections)
     own = Slab()
@@ -72,7 +73,7 @@ def _places(
     needs: dict[int, Need] = {}
     for number, start in first.items():
         size = nbytes(storages[number].root)
-        if number not in last or number in set().union(*before) or not 0 < size <= SLAB // 2:
+        if number not in last or number in earlier or not 0 < size <= SLAB // 2:
             continue
         if number not in results:
             needs[number] = Need(start, last[number], size)

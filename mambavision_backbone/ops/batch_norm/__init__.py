@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layer_norm import add
-from ..triton_support import call, fusible, hooked
+from ..plain import plain
+from ..triton_support import call, fusible
 
 
 def conv_norm(
@@ -30,45 +31,44 @@ def conv_norm(
         conv: a 2D convolution, C → D.
         norm: a batch norm of D channels.
         act: the activation, or None.
-        stream: (B, D, H', W'), of the dtype of ``conv(x)``.
+        stream: (B, D, H', W'), or None.
         factor: (B, 1, 1, 1) factors of drop path, or None.
 
     Returns:
         (B, D, H', W').
     """
-    if not (_fused(conv, norm, act) and fusible(x)):
+    kind = _ACTS.get(type(act))
+    if not (
+        plain(conv, nn.Conv2d)
+        and conv.padding_mode == "zeros"
+        and plain(norm, nn.BatchNorm2d)
+        and norm.training
+        and norm.affine
+        and norm.momentum is not None
+        and kind is not None
+        and (act is None or plain(act, type(act)))
+        and getattr(act, "approximate", "tanh") == "tanh"  # GELU's
+        and fusible(x)
+    ):
         y = norm(conv(x))
         y = y if act is None else act(y)
         return y if stream is None else add(stream, y, None, factor)
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.momentum is not None
     from .launch import BatchNormFunction, Running
 
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     if y.numel() == y.shape[1]:
         return norm(y)  # which raises an error: one value has no variance
     layout = torch.channels_last
-    stream = None if stream is None else stream.contiguous(memory_format=layout)
-    running = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
-    weights = conv.bias, norm.weight, norm.bias
     y = y.contiguous(memory_format=layout)
-    return call(BatchNormFunction, y, *weights, stream, factor, _ACTS[type(act)], norm.eps, running)
+    if stream is None:
+        factor = None
+    else:
+        stream = stream.contiguous(memory_format=layout)
+    running = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    if not norm.track_running_stats:
+        running = Running(None, None, None, norm.momentum)
+    weights = conv.bias, norm.weight, norm.bias
+    return call(BatchNormFunction, y, *weights, stream, factor, kind, norm.eps, running)
 
 
 _ACTS = {type(None): "none", nn.ReLU: "relu", nn.GELU: "gelu_tanh"}
-
-
-def _fused(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> bool:
-    """Whether kernels do all that the modules do."""
-    return (
-        type(conv) is nn.Conv2d
-        and type(norm) is nn.BatchNorm2d
-        and type(act) in _ACTS
-        and getattr(act, "approximate", "tanh") == "tanh"
-        and norm.training
-        and norm.affine
-        and norm.momentum is not None
-        and conv.padding_mode == "zeros"
-        and not any(module is not None and hooked(module) for module in (conv, norm, act))
-    )

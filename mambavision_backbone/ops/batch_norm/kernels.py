@@ -22,6 +22,13 @@ def places(C, tiles, BR: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def near_mean(p_x, rows, i_r, o, m_c, BR: tl.constexpr):
+    """Mean of the first tile, (1, BC): without it, squares would drown a small variance."""
+    first = tl.sum(load(p_x + o, (i_r < rows) & m_c), 0)[None, :]
+    return first / tl.minimum(rows, BR).to(tl.float32)
+
+
+@triton.jit
 def write_parts(p_parts, a, b, i_c, m_c, C):
     """Sums over a tile's rows, as a program's parts."""
     p_parts += tl.program_id(0) * 2 * C + i_c
@@ -59,9 +66,9 @@ def statistics(
     rows, C, tiles,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write parts: sums of d = x - first row of x, which is near the mean, and of its square."""
+    """Write parts: sums of d, x less ``near_mean``, and of its square."""
     i_c, m_c, start, i_r, o = places(C, tiles, BR, BC)
-    shift = load(p_x + i_c, m_c)
+    shift = near_mean(p_x, rows, i_r, o, m_c, BR)
     total = tl.zeros((BR, BC), tl.float32)
     squares = tl.zeros((BR, BC), tl.float32)
     for k in range(0, tiles):
@@ -94,7 +101,7 @@ def forward(
     variance = squares / count - mean * mean
     variance = tl.where(variance < 0, 0.0, variance)  # a NaN stays one
     rstd = tl.rsqrt(variance + eps)
-    mean += load(p_x + i_c, m_c)
+    mean += near_mean(p_x, rows, i_r, o, m_c, BR)
     if start == 0:
         tl.store(p_stats + i_c, mean, m_c)
         tl.store(p_stats + C + i_c, rstd, m_c)

@@ -55,7 +55,8 @@ class BatchNormFunction(torch.autograd.Function):
 
         Updates the running statistics, whose mean is that of x with the bias, which x lacks.
         """
-        y = torch.empty_like(x)
+        dtype = x.dtype if stream is None else torch.promote_types(x.dtype, stream.dtype)
+        y = torch.empty_like(x, dtype=dtype)
         channels = x.shape[1]
         stats = torch.empty(2, channels, dtype=torch.float32, device=x.device)
         (rows, pixels), columns = _sizes(x)
@@ -81,7 +82,7 @@ class BatchNormFunction(torch.autograd.Function):
             warps,
         )
         ctx.save_for_backward(x, weight, bias, factor, stats)
-        ctx.act, ctx.added = act, stream is not None
+        ctx.act, ctx.stream_dtype = act, None if stream is None else stream.dtype
         ctx.conv_bias_dtype = None if conv_bias is None else conv_bias.dtype
         return y
 
@@ -120,7 +121,7 @@ class BatchNormFunction(torch.autograd.Function):
             warps,
         )
         dweight, dbias = dparam.to(weight.dtype).unbind()
-        dstream = dy if ctx.added else None
+        dstream = None if ctx.stream_dtype is None else dy.to(ctx.stream_dtype)
         return dx, dconv_bias, dweight, dbias, dstream, None, None, None, None
 
 

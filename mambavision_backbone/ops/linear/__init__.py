@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..triton_support import call, fusible, hooked
-
-
-def plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a linear one and nothing else: no adapter, no pruning, no hooks."""
-    return type(layer) is nn.Linear and not hooked(layer)
+from ..plain import plain
+from ..triton_support import call, fusible
 
 
 def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -20,7 +14,7 @@ def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
     On a GPU ``add_norm`` adds the bias in passing, and sums its gradient.
     """
-    if plain(layer) and fusible(x):
+    if plain(layer, nn.Linear) and fusible(x):
         return F.linear(x, layer.weight), layer.bias
     return layer(x), None
 
@@ -35,7 +29,7 @@ def linear(x: Tensor, layer: nn.Linear, part: slice | None = None) -> Tensor:
         layer: with a bias; one that is not ``plain`` is called.
         part: of the D outputs, those to compute.
     """
-    if not plain(layer):
+    if not plain(layer, nn.Linear):
         y = layer(x)
         return y if part is None else y[..., part]
     weight: Tensor = layer.weight

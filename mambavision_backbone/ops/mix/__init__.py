@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conv_silu import conv_silu
-from ..linear import linear, plain
+from ..linear import linear
+from ..plain import plain
 from ..selective_scan import choose_backend, selective_scan
 from ..triton_support import call, fusible
 
@@ -39,8 +40,8 @@ def mix(
     Returns:
         (B, L, 2D): the scanned branch, then the other.
     """
-    fused = plain(x_proj) and x_proj.bias is None and plain(dt_proj) and fusible(xz)
-    if fused and choose_backend(backend, xz, A_log) == "triton":
+    fused = plain(x_proj, nn.Linear) and x_proj.bias is None and plain(dt_proj, nn.Linear)
+    if fused and fusible(xz) and choose_backend(backend, xz, A_log) == "triton":
         from .launch import MixFunction
 
         weights = (x_proj.weight, dt_proj.weight, dt_proj.bias)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..linear import plain, product
+from ..linear import product
+from ..plain import plain
 from ..triton_support import fusible, traced
 
 
@@ -19,7 +20,7 @@ def mlp(x: Tensor, layer: Mlp) -> tuple[Tensor, Tensor | None]:
     which differs by less than a rounding.
     """
     fc1, fc2 = layer.fc1, layer.fc2
-    if not (plain(fc1) and plain(fc2)):
+    if not (plain(fc1, nn.Linear) and plain(fc2, nn.Linear)):
         return layer(x), None
     if torch.is_grad_enabled():
         if fusible(x):
