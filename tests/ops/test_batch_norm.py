@@ -122,7 +122,7 @@ def test_a_stream_in_float32_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("act", "stream"), [("relu", False), ("gelu", False), ("none", True)])
 def test_half_precision(act: str, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 1.5 times the error of PyTorch's operators; Triton's interpreter cuts bfloat16 off."""
+    """At most 1.5 times the error of PyTorch's operators; interpreted bfloat16 is cut off."""
     pytest.importorskip("triton")
     errors: dict[bool, list[float]] = {True: [], False: []}
     for draw in range(4):
