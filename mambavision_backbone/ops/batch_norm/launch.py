@@ -51,7 +51,7 @@ class BatchNormFunction(torch.autograd.Function):
         eps: float,
         running: Running,
     ) -> Tensor:
-        """``act(norm(x))`` of channels-last x (B, C, H, W), or ``stream + factor * norm(x)``.
+        """``act(norm(x))`` of channels-last x (B, C, H, W); to a stream add ``factor`` times that.
 
         Updates the running statistics, whose mean is that of x with the bias, which x lacks.
         """
