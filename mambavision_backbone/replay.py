@@ -11,8 +11,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as torch_module
 
+from .ops.plain import GLOBAL_HOOKS, own_forward
 from .ops.triton_support import aligned
 from .passes import (
     Forward,
@@ -152,7 +152,7 @@ class _Ends:
             grad = grads[i]
             if grad is None:
                 grad = torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
-            filled.append(_plain(grad, strides))
+            filled.append(_laid_out(grad, strides))
         return filled
 
     def choose(
@@ -179,7 +179,7 @@ class _Recording:
 
     def record(self, function: Forward, network: nn.Module, x: Tensor) -> Maps:
         """The maps as they are without a recording; if there is no ``refusal`` they are kept."""
-        x = _plain(x, torch.empty_like(x, device="meta").stride())
+        x = _laid_out(x, torch.empty_like(x, device="meta").stride())
         self._strides = x.stride()
         self._recorder = Recorder([*self.parameters, *network.buffers()], self._owner.kept)
         with self._recorder.part([x]) as outputs, uncached_autocast(x.device.type):
@@ -233,7 +233,7 @@ class _Replay:
     def forward(self, x: Tensor) -> tuple[list[Tensor], Slots]:
         """Maps of x, and what the backward pass needs."""
         slots = self._tape.start()
-        return self._tape.play(_FORWARD, slots, [_plain(x, self._strides)]), slots
+        return self._tape.play(_FORWARD, slots, [_laid_out(x, self._strides)]), slots
 
     def backward(self, slots: Slots, given: Sequence[Tensor | None], retain: bool) -> Grads:
         """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
@@ -246,7 +246,7 @@ def _version(tensors: Sequence[Tensor]) -> int:
     return sum(map(attrgetter("_version"), tensors))
 
 
-def _plain(x: Tensor, strides: Sequence[int]) -> Tensor:
+def _laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:
     """The same values at the start of a storage, with the strides: as tapes take them."""
     x = x.detach()
     if x.stride() == strides and not x.storage_offset() and aligned(x):
@@ -259,7 +259,7 @@ def _unusual(network: nn.Module) -> str | None:
     for module in network.modules():
         own = type(module).__module__.startswith(f"{__package__}.")
         name = type(module).__qualname__
-        if "forward" in module.__dict__ or not (own or type(module) in _USUAL):
+        if not own_forward(module) or not (own or type(module) in _USUAL):
             return f"{name} may do more than its operators"
         if any(isinstance(value, Tensor) for value in module.__dict__.values()):
             return f"{name} has a tensor that is neither parameter nor buffer"
@@ -281,4 +281,4 @@ def _hooks(network: nn.Module) -> list[Any]:
         if module is not network
         for kind in kinds
     ]
-    return own + [getattr(torch_module, f"_global_{kind}") for kind in kinds]
+    return [*own, *GLOBAL_HOOKS]

@@ -24,7 +24,7 @@ from .layers.blocks import Branch, TokenBlock
 from .layers.mixer import MambaVisionMixer
 from .layers.stage import TokenStage
 from .layers.windows import merge, partition
-from .ops.plain import global_hooks
+from .ops.plain import global_hooks, own_forward
 from .ops.selective_scan import choose_backend
 from .ops.triton_support import Launch, aligned, fusible
 
@@ -100,7 +100,7 @@ class StraightStage(TokenStage):
         modules = list(self.blocks.modules())
         self._mixers = [m for m in modules if isinstance(m, MambaVisionMixer)]
         usual = (
-            all(type(m) in _USUAL for m in modules)
+            all(type(m) in _USUAL and own_forward(m) for m in modules)
             and all(p.is_contiguous() for p in self.blocks.parameters())
             and not any(_has_biases(m) for m in self._mixers)
         )

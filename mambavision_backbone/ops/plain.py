@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (  # of all modules
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
@@ -19,7 +19,12 @@ _GLOBAL_HOOKS = (
 
 def global_hooks() -> bool:
     """Whether there are hooks of all modules."""
-    return any(_GLOBAL_HOOKS)
+    return any(GLOBAL_HOOKS)
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward pass is its class's: no other in its place, not compiled."""
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
 def plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
@@ -30,13 +35,12 @@ def plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     return (
         module is not None
         and type(module) is kind
-        and "forward" not in module.__dict__
+        and own_forward(module)
         and not (
             module._forward_hooks
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or module._compiled_call_impl
             or global_hooks()
         )
     )

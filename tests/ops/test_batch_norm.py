@@ -238,6 +238,16 @@ def test_layers_that_do_something_else_are_called(
     assert torch.equal(conv_norm(x, *layers), plain(x))
 
 
+def test_sizes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel reads or writes past an end."""
+    set_fused(monkeypatch, True)
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        conv_norm(x, nn.Conv2d(3, 8, 1), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="does not fit a branch"):
+        conv_norm(x, nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), stream=torch.randn(1, 4, 4, 4))
+
+
 def test_one_value_has_no_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     set_fused(monkeypatch, True)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

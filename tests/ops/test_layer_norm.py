@@ -135,6 +135,23 @@ def test_add(
     compare(with_a_layer, [x, y, gamma, factor, bias], make_layer(shape[2]), [dy], monkeypatch)
 
 
+@pytest.mark.parametrize("change", ["hook", "forward", "no bias"])
+def test_a_norm_that_does_something_else_is_called(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "fusible", lambda _: True)
+    layer = make_layer(4) if change != "no bias" else nn.LayerNorm(4, bias=False)
+    if change == "hook":
+        layer.register_forward_hook(lambda _m, _x, y: 2 * y)
+    elif change == "forward":
+        layer.forward = lambda x: -x  # type: ignore[method-assign]
+    x, y = torch.randn(2, 1, 2, 4)
+    assert torch.equal(norm(x, layer), layer(x))
+    total, normed = add_norm(x, y, layer, None, None)
+    assert torch.equal(total, x + y)
+    assert torch.equal(normed, layer(x + y))
+
+
 def test_the_stream_keeps_float32_where_layer_scale_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer scale of 1e-5 adds nothing to a stream in half precision."""
     pytest.importorskip("triton")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambavision_backbone.ops import mlp as package
 from mambavision_backbone.ops.mlp import mlp
@@ -84,3 +86,39 @@ def test_error_is_that_of_pytorch(dtype: torch.dtype, monkeypatch: pytest.Monkey
     exact = with_gradients(x.double(), layer.double(), dy.double())
     for i, (a, e, b) in enumerate(zip(got, eager, exact, strict=True)):
         assert relative_error(a, b) <= 1.5 * max(relative_error(e, b), 1e-7), i
+
+
+def _relu(layer: Mlp) -> None:
+    layer.act = nn.ReLU()
+
+
+def _tanh(layer: Mlp) -> None:
+    layer.act = nn.GELU(approximate="tanh")
+
+
+def _normed(layer: Mlp) -> None:
+    layer.norm = nn.LayerNorm(12)
+
+
+def _dropped(layer: Mlp) -> None:
+    layer.drop1 = nn.Dropout(1.0)
+
+
+def _hooked(layer: Mlp) -> None:
+    layer.register_forward_hook(lambda _m, _x, y: 2 * y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [_relu, _tanh, _normed, _dropped, _hooked])
+def test_a_layer_that_does_something_else_is_called(
+    change: Callable[[Mlp], None], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "fusible", lambda _: True)
+    layer = Mlp(3, 12)
+    change(layer)
+    x = torch.randn(1, 2, 3)
+    with torch.set_grad_enabled(training):
+        if change is _dropped and not training:
+            layer.eval()  # where it drops nothing
+            monkeypatch.setattr(package, "fusible", lambda _: False)
+        assert torch.allclose(whole(mlp(x, layer)), layer(x), atol=1e-6)

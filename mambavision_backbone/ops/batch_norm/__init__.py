@@ -45,6 +45,8 @@ def conv_norm(
         and norm.training
         and norm.affine
         and norm.momentum is not None
+        and norm.num_features == conv.out_channels
+        and len(norm.weight) == len(conv.weight)
         and kind is not None
         and (act is None or plain(act, type(act)))
         and getattr(act, "approximate", "tanh") == "tanh"  # GELU's
@@ -60,13 +62,16 @@ def conv_norm(
         return norm(y)  # which raises an error: one value has no variance
     layout = torch.channels_last
     y = y.contiguous(memory_format=layout)
+    if stream is not None and stream.shape != y.shape:
+        raise ValueError(f"a stream {tuple(stream.shape)} does not fit a branch {tuple(y.shape)}")
     if stream is None:
         factor = None
     else:
         stream = stream.contiguous(memory_format=layout)
-    running = Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if not norm.track_running_stats:
-        running = Running(None, None, None, norm.momentum)
+        tracked = None, None, None
+    running = Running(*tracked, norm.momentum)
     weights = conv.bias, norm.weight, norm.bias
     return call(BatchNormFunction, y, *weights, stream, factor, kind, norm.eps, running)
 

@@ -1,4 +1,4 @@
-"""Layer norms: of tokens, of tokens after a residual sum, and of maps."""
+"""Residual sums, and layer norms: of tokens, of tokens after a residual sum, and of maps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..plain import plain
 from ..triton_support import call, compute_dtype, fusible
 
 
@@ -14,7 +15,7 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
 
     PyTorch's operator elsewhere, and for compilers and exporters.
     """
-    if fusible(x):
+    if _usual(layer) and fusible(x):
         from .launch import NormFunction
 
         return call(NormFunction, x, layer.weight, layer.bias, layer.eps)
@@ -42,7 +43,7 @@ def add_norm(
     Returns:
         ``x + factor * gamma * (y + bias)`` and the norm of it, (B, L, C) each.
     """
-    if fusible(x):
+    if _usual(layer) and fusible(x):
         from .launch import AddNormFunction
 
         return call(AddNormFunction, x, y, bias, gamma, factor, layer.weight, layer.bias, layer.eps)
@@ -85,3 +86,8 @@ def add(
     if gamma is not None:
         y = y * gamma
     return x + y if factor is None else torch.addcmul(x, y, factor)
+
+
+def _usual(layer: nn.LayerNorm) -> bool:
+    """Whether a layer is a norm with weight and bias, and nothing else."""
+    return plain(layer, nn.LayerNorm) and layer.weight is not None and layer.bias is not None

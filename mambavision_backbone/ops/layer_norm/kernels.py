@@ -1,4 +1,4 @@
-"""Device code of the residual sum with layer norm.
+"""Device code of the residual sum and of layer norm.
 
 A program takes BR rows of C ≤ BC channels. Arithmetic is float32.
 

@@ -20,7 +20,7 @@ def mlp(x: Tensor, layer: Mlp) -> tuple[Tensor, Tensor | None]:
     which differs by less than a rounding.
     """
     fc1, fc2 = layer.fc1, layer.fc2
-    if not (plain(fc1, nn.Linear) and plain(fc2, nn.Linear)):
+    if not (plain(fc1, nn.Linear) and plain(fc2, nn.Linear) and _with_gelu(layer)):
         return layer(x), None
     if torch.is_grad_enabled():
         if fusible(x):
@@ -33,3 +33,16 @@ def mlp(x: Tensor, layer: Mlp) -> tuple[Tensor, Tensor | None]:
             return product(rows.view(*x.shape[:2], -1), fc2)
         return product(torch.ops.aten.gelu_(fc1(x)), fc2)  # hidden tokens need no second memory
     return layer(x), None
+
+
+def _with_gelu(layer: Mlp) -> bool:
+    """Whether there is GELU between a layer's products, and nothing else."""
+    drops = layer.drop1, layer.drop2
+    return (
+        plain(layer, Mlp)
+        and layer.fc1.bias is not None
+        and plain(layer.act, nn.GELU)
+        and layer.act.approximate == "none"
+        and plain(layer.norm, nn.Identity)
+        and all(plain(drop, nn.Dropout) and not (drop.p and drop.training) for drop in drops)
+    )
