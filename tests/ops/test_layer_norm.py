@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -93,46 +94,46 @@ def test_norm(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> N
     compare(norm, [x], make_layer(shape[2]), [dy], monkeypatch)
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("drop_path", [False, True], ids=["", "drop path"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "layer scale"])
+def branch_of(
+    shape: tuple[int, int, int], scaled: bool, drop_path: bool, biased: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Layer scale, drop path's factors and a bias, each where it is wanted."""
+    gamma = torch.randn(shape[2]) if scaled else None
+    factor = torch.rand(shape[0], 1, 1) if drop_path else None
+    return gamma, factor, torch.randn(shape[2]) if biased else None
+
+
+every_branch = pytest.mark.parametrize("given", list(product((False, True), repeat=3)), ids=str)
+
+
+@every_branch
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_norm(
     shape: tuple[int, int, int],
-    scaled: bool,
-    drop_path: bool,
-    biased: bool,
+    given: tuple[bool, bool, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y, *dys = torch.randn(4, *shape)
     x, dys[1] = x.transpose(0, 1).contiguous().transpose(0, 1), dys[1].flip(0)
-    gamma = torch.randn(shape[2]) if scaled else None
-    factor = torch.rand(shape[0], 1, 1) if drop_path else None
-    bias = torch.randn(shape[2]) if biased else None
-    compare(add_norm, [x, y, gamma, factor, bias], make_layer(shape[2]), dys, monkeypatch)
+    compare(add_norm, [x, y, *branch_of(shape, *given)], make_layer(shape[2]), dys, monkeypatch)
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("drop_path", [False, True], ids=["", "drop path"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "layer scale"])
+@every_branch
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add(
     shape: tuple[int, int, int],
-    scaled: bool,
-    drop_path: bool,
-    biased: bool,
+    given: tuple[bool, bool, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y, dy = torch.randn(3, *shape)
     x, dy = x.transpose(0, 1).contiguous().transpose(0, 1), dy.flip(0)
-    gamma = torch.randn(shape[2]) if scaled else None
-    factor = torch.rand(shape[0], 1, 1) if drop_path else None
-    bias = torch.randn(shape[2]) if biased else None
 
     def with_a_layer(x: Tensor, y: Tensor, layer: nn.LayerNorm, *others: Tensor | None) -> Tensor:
         return add(x, y, *others) * layer.weight + layer.bias
 
-    compare(with_a_layer, [x, y, gamma, factor, bias], make_layer(shape[2]), [dy], monkeypatch)
+    compare(
+        with_a_layer, [x, y, *branch_of(shape, *given)], make_layer(shape[2]), [dy], monkeypatch
+    )
 
 
 @pytest.mark.parametrize("change", ["hook", "forward", "no bias"])

@@ -62,12 +62,12 @@ def conv_norm(
         return norm(y)  # which raises an error: one value has no variance
     layout = torch.channels_last
     y = y.contiguous(memory_format=layout)
-    if stream is not None and stream.shape != y.shape:
-        raise ValueError(f"a stream {tuple(stream.shape)} does not fit a branch {tuple(y.shape)}")
     if stream is None:
         factor = None
-    else:
+    elif stream.shape == y.shape:
         stream = stream.contiguous(memory_format=layout)
+    else:
+        raise ValueError(f"a stream {tuple(stream.shape)} does not fit a branch {tuple(y.shape)}")
     tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if not norm.track_running_stats:
         tracked = None, None, None
