@@ -59,9 +59,9 @@ class BatchNormFunction(torch.autograd.Function):
         y = torch.empty_like(x, dtype=dtype)
         channels = x.shape[1]
         stats = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-        (rows, pixels), columns = _sizes(x)
+        rows, pixels, columns = _sizes(x)
         block, warps, most = FORWARD
-        programs, tiles = split_rows(rows, block, max(1, most // columns))
+        programs, tiles = _split(rows, columns, block, most)
         parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         launch(
             kernels.statistics,
@@ -72,7 +72,7 @@ class BatchNormFunction(torch.autograd.Function):
             warps,
         )
         given = [t is not None for t in (stream, factor, conv_bias, running.mean, running.batches)]
-        grid, tiles = split_rows(rows, block, max(1, PROGRAMS // columns))
+        grid, tiles = _split(rows, columns, block, PROGRAMS)
         launch(
             kernels.forward,
             (grid, columns, 1),
@@ -97,9 +97,9 @@ class BatchNormFunction(torch.autograd.Function):
         dparam = torch.empty(2, channels, dtype=torch.float32, device=x.device)
         dtype = ctx.conv_bias_dtype
         dconv_bias = None if dtype is None else torch.empty(channels, dtype=dtype, device=x.device)
-        (rows, pixels), columns = _sizes(x)
+        rows, pixels, columns = _sizes(x)
         block, warps, most = BACKWARD
-        programs, tiles = split_rows(rows, block, max(1, most // columns))
+        programs, tiles = _split(rows, columns, block, most)
         parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         given = dy, x, stats, weight, bias, factor, parts
         options = ctx.act, factor is not None
@@ -111,7 +111,7 @@ class BatchNormFunction(torch.autograd.Function):
             (*options, block, BLOCK_CHANNELS),
             warps,
         )
-        grid, tiles = split_rows(rows, block, max(1, PROGRAMS // columns))
+        grid, tiles = _split(rows, columns, block, PROGRAMS)
         launch(
             kernels.backward,
             (grid, columns, 1),
@@ -125,7 +125,13 @@ class BatchNormFunction(torch.autograd.Function):
         return dx, dconv_bias, dweight, dbias, dstream, None, None, None, None
 
 
-def _sizes(x: Tensor) -> tuple[tuple[int, int], int]:
-    """Rows of all images and of one, and blocks of channels."""
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Rows of all images, rows of one, and blocks of channels."""
     batch, channels, height, width = x.shape
-    return (batch * height * width, height * width), ceil_div(channels, BLOCK_CHANNELS)
+    pixels = height * width
+    return batch * pixels, pixels, ceil_div(channels, BLOCK_CHANNELS)
+
+
+def _split(rows: int, columns: int, block: int, programs: int) -> tuple[int, int]:
+    """Programs for each block of channels, of so many in all at most, and tiles for each."""
+    return split_rows(rows, block, max(1, programs // columns))
