@@ -58,9 +58,9 @@ def ours(arch: str, windows: tuple[int, ...], mode: str) -> Callable[[], nn.Modu
     return lambda: MambaVision(arch, window_size=windows, window_mode=mode, drop_path_rate=0.2)
 
 
-def peer(name: str) -> Callable[[], nn.Module]:
+def peer(name: str, **options: Any) -> Callable[[], nn.Module]:
     """A network of timm that returns its maps."""
-    return lambda: timm.create_model(name, features_only=True)
+    return lambda: timm.create_model(name, features_only=True, **options)
 
 
 CASES: dict[str, Case] = {  # name: (network, input, passes)
@@ -68,13 +68,19 @@ CASES: dict[str, Case] = {  # name: (network, input, passes)
     "ConvNeXt-T": (peer("convnext_tiny"), COCO, "inference training"),
     "ResNet-50": (peer("resnet50"), COCO, "inference training"),
     "MambaOut-T": (peer("mambaout_tiny"), COCO, "inference training"),
+    "Swin-T": (
+        peer("swin_tiny_patch4_window7_224", strict_img_size=False),
+        COCO,
+        "inference training",
+    ),
     "T pad": (ours("T", DETECTION, "pad"), COCO, "inference training"),
     "B fit": (ours("B", DETECTION, "fit"), COCO, "inference"),
     "T fit, ADE20K": (ours("T", SEGMENTATION, "fit"), ADE, "training"),
     "ConvNeXt-T, ADE20K": (peer("convnext_tiny"), ADE, "training"),
     "T, ImageNet": (ours("T", CLASSIFICATION, "pad"), IMAGENET, "inference"),
 }
-COMPILED = ["T fit", "ConvNeXt-T", "ConvNeXt-T, ADE20K"]  # it takes minutes
+PEERS = ["ConvNeXt-T", "ResNet-50", "MambaOut-T", "Swin-T", "ConvNeXt-T, ADE20K"]
+COMPILED = ["T fit", *PEERS]  # it takes minutes
 # The goals: case, pass, modes of which the best counts, highest ms, highest MiB, and a case whose
 # best mode (of the same pass and modes) it is compared with, with the highest ratio.
 GRAPHS = ("graph", "compiled")

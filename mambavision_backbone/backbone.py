@@ -83,7 +83,7 @@ class MambaVision(BaseModule):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
         if window_size is not None:
-            self.arch = replace(self.arch, window_size=tuple(window_size))
+            self.arch = replace(self.arch, window_size=window_size)  # type: ignore[arg-type]
         if window_mode not in WINDOW_MODES:
             raise ValueError(f"unknown window_mode {window_mode!r}: choose one of {WINDOW_MODES}")
         self.out_indices = _check_out_indices(out_indices)
@@ -154,9 +154,9 @@ class MambaVision(BaseModule):
             )
         if getattr(self, "_is_replica", False):
             return self._cast_features(x)
-        return self._graphs.run(self._kernel_by_kernel, self, x)
+        return self._graphs.run(self._replayed, self, x)
 
-    def _kernel_by_kernel(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _replayed(self, x: Tensor) -> tuple[Tensor, ...]:
         return self._replays.run(self._cast_features, self, x)
 
     def _cast_features(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -183,7 +183,14 @@ class MambaVision(BaseModule):
         return tuple(outs)
 
     def init_weights(self) -> None:
-        """Load ``init_cfg``'s checkpoint, strictly; without one, initialise in mmengine's way."""
+        """Load ``init_cfg``'s checkpoint, strictly; without one, initialise in mmengine's way.
+
+        Of a list with a ``Pretrained`` in it nothing else is used.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            WeightsError: its weights are not this network's; the message says how they differ.
+        """
         cfgs = self.init_cfg if isinstance(self.init_cfg, list | tuple) else [self.init_cfg]
         pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg)]
         if not pretrained:
@@ -245,10 +252,10 @@ def _is_pretrained(cfg: Any) -> bool:
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    indices = tuple(out_indices)
+    indices = tuple(out_indices) if isinstance(out_indices, Sequence) else ()
     if not indices or sorted(set(indices)) != list(indices) or not set(indices) <= {0, 1, 2, 3}:
         raise ValueError(
-            f"out_indices must be ascending stage numbers out of 0..{STAGES - 1}, got {indices}"
+            f"out_indices must be ascending stage numbers out of 0..{STAGES - 1}, got {out_indices}"
         )
     return indices
 

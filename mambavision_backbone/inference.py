@@ -44,7 +44,7 @@ def accelerate(model: nn.Module, dtype: torch.dtype | None = None, graphs: int =
 
     Raises:
         TypeError: the model has no MambaVision as its backbone.
-        ValueError: another dtype, or float16 on a CPU.
+        ValueError: another dtype, or float16 on a CPU; a negative number of graphs.
     """
     if isinstance(model, MambaVision):
         return FastBackbone(model, dtype, graphs)
@@ -75,6 +75,9 @@ class FastBackbone(nn.Module):
         backbone: the network; it is not changed.
         dtype: see :func:`accelerate`.
         graphs: see :func:`accelerate`.
+
+    Raises:
+        ValueError: see :func:`accelerate`.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class FastBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features as ``MambaVision`` gives them, in x's dtype.
+        """Features of x (B, in_channels, H, W), as ``MambaVision`` gives them, in x's dtype.
 
         Under autocast, and of images of integers, in ``dtype``.
         """

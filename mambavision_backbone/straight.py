@@ -164,7 +164,7 @@ def _kernels() -> Any:
     """Triton is loaded at first use."""
     from .ops.conv_silu.launch import forward_launch as conv_silu
     from .ops.layer_norm.launch import forward_launch as norm
-    from .ops.mix.launch import parameters, states
+    from .ops.mix.launch import parameters, split_BC
     from .ops.selective_scan.triton.launch import ScanLaunch, takes
 
     return SimpleNamespace(
@@ -172,7 +172,7 @@ def _kernels() -> Any:
         norm=norm,
         parameters=parameters,
         scan=ScanLaunch,
-        states=states,
+        split_BC=split_BC,
         takes=takes,
     )
 
@@ -280,7 +280,7 @@ class _MixerWork:
         self.low = self.dt_BC[:, :rank]
         self.y, self.z = self.yz.view(rows.shape).chunk(2, 2)
         u, dt = (x.view(batch, seqlen, -1) for x in (self.x, self.dt))
-        self.scanned = u, dt, *_kernels().states(self.dt_BC, batch, rank, dstate)
+        self.scanned = u, dt, *_kernels().split_BC(self.dt_BC, batch, rank, dstate)
 
 
 class _Mixer(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -39,10 +39,11 @@ class Arch:
     def __post_init__(self) -> None:
         """Check the fields; see :func:`resolve_arch` for the errors."""
         for name in ("depths", "num_heads", "window_size"):
-            value = tuple(getattr(self, name))
-            object.__setattr__(self, name, value)
+            given = getattr(self, name)
+            value = tuple(given) if isinstance(given, Sequence) else ()
             if len(value) != STAGES or not all(_is_positive_int(v) for v in value):
-                raise ValueError(f"{name} must be {STAGES} positive integers, got {value}")
+                raise ValueError(f"{name} must be {STAGES} positive integers, got {given!r}")
+            object.__setattr__(self, name, value)
         for name in ("dim", "in_dim"):
             if not _is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")

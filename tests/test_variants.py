@@ -25,6 +25,7 @@ def test_names_and_dicts_resolve() -> None:
         ({"depth": 3}, r"unknown field\(s\) \['depth'\] in arch"),
         ({"depths": (1, 1, 0, 1)}, r"depths must be 4 positive integers, got \(1, 1, 0, 1\)"),
         ({"depths": (1, 1, 1)}, "depths must be 4 positive integers"),
+        ({"depths": 3}, "depths must be 4 positive integers, got 3"),
         ({"window_size": (8, 8, 0, 7)}, "window_size must be 4 positive integers"),
         ({"num_heads": (2, 2, 7, 4)}, r"num_heads\[2\]=7 does not divide"),
         ({"dim": 0}, "dim must be a positive integer"),

@@ -258,7 +258,7 @@ def judge_polygons(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def run_lengths(counts: str) -> list[int]:
+def decode_runs(counts: str) -> list[int]:
     """Unpacks COCO's compressed run lengths.
 
     Each is a little-endian number of five bits a character, and from the fourth on the difference
@@ -290,7 +290,7 @@ def rle_fault(segmentation: dict[str, Any], size: tuple[int, int]) -> str:
     """What is wrong with run lengths in an image of `size` (width, height); empty if nothing is."""
     width, height = size
     counts = segmentation["counts"]
-    runs = run_lengths(counts) if isinstance(counts, str) else counts
+    runs = decode_runs(counts) if isinstance(counts, str) else counts
     if list(segmentation["size"]) != [height, width]:
         return f"run lengths of a mask of {segmentation['size']}, not {[height, width]}"
     if min(runs, default=0) < 0 or sum(runs) != height * width:

@@ -208,7 +208,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def newest_checkpoint(folder: Path) -> Path:
+def last_checkpoint(folder: Path) -> Path:
     """The checkpoint that a training wrote last."""
     return folder / Path((folder / "last_checkpoint").read_text(encoding="utf-8").strip()).name
 
@@ -248,13 +248,13 @@ def task_steps(work: Path, scale: Scale, task: Task) -> list[Step]:
             ]
         else:
             keep = ["--out", f"{folder}/test/labels"]
-        checkpoint = newest_checkpoint(folder)
+        checkpoint = last_checkpoint(folder)
         out = folder / "test"
         return tool("test.py", task.config, checkpoint, *common, "--work-dir", out, *keep)
 
     def infer() -> Sequence[str | Path]:
         inputs, out = work / "pictures" / "held-out", work / "pictures" / task.name
-        checkpoint = newest_checkpoint(folder)
+        checkpoint = last_checkpoint(folder)
         keep: list[str | Path] = ["--out", out, "--score-thr", str(SCORE)]
         return tool("infer.py", task.config, checkpoint, inputs, *keep)
 

@@ -26,7 +26,7 @@ import cv2
 import mmcv
 import numpy as np
 from common import read_config, set_data_root
-from demo import ENLARGE, REPORT, RESULTS, SCORE, TASKS, Task, clock, newest_checkpoint, read_json
+from demo import ENLARGE, REPORT, RESULTS, SCORE, TASKS, Task, clock, last_checkpoint, read_json
 from infer import Segmentations
 from mmengine.registry import DATASETS, init_default_scope
 from numpy.typing import NDArray
@@ -252,7 +252,7 @@ def collect(work: Path) -> dict[str, Any]:
             ["mIoU", f"{seg['mIoU'] / 100:.3f}"],
             ["pixel accuracy (aAcc)", f"{seg['aAcc'] / 100:.3f}"],
             *(
-                [f"parameters, {t.name}", f"{count_parameters(newest_checkpoint(work / t.name)):,}"]
+                [f"parameters, {t.name}", f"{count_parameters(last_checkpoint(work / t.name)):,}"]
                 for t in TASKS
             ),
             ["device", state["device"]],

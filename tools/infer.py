@@ -342,7 +342,7 @@ class Detections:
                 "class": self.classes[label],
             }
             if "masks" in found:
-                instance["mask"] = run_lengths(np.asarray(found.masks[i]))
+                instance["mask"] = encode_runs(np.asarray(found.masks[i]))
             instances.append(instance)
         return {**describe(item), "instances": instances}
 
@@ -355,7 +355,7 @@ class Detections:
         return self.visualizer.get_image()[..., ::-1]
 
 
-def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+def encode_runs(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """A mask (H, W) as COCO's compressed run lengths."""
     from pycocotools import mask as coco_mask
 

@@ -1,7 +1,8 @@
 """Train a detector (mmdet config) or a segmenter (mmseg config).
 
     python tools/train.py mmdet_configs/cascade_mambavision_t.py --data-root data/coco
-    python tools/train.py mmseg_configs/upernet_mambavision_t.py --data-root data/ade
+    python tools/train.py mmseg_configs/upernet_mambavision_t.py \
+        --data-root data/ade/ADEChallengeData2016
     python tools/train.py mmdet_configs/cascade_mambavision_t_fit.py --pretrained --amp
     bash tools/dist_train.sh mmdet_configs/cascade_mambavision_t.py 8
 

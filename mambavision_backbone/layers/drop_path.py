@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.triton_support import ceil_div
+from ..ops.sizes import ceil_div
 
 
 def drop_factors(rates: Sequence[float], x: Tensor) -> list[Tensor | None]:

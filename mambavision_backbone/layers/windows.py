@@ -67,7 +67,12 @@ def window_grid(hw: tuple[int, int], window: int, mode: str) -> WindowGrid:
         hw: height and width of the map.
         window: side of a window.
         mode: ``pad`` or ``fit``.
+
+    Raises:
+        ValueError: another mode.
     """
+    if mode not in WINDOW_MODES:
+        raise ValueError(f"unknown window mode {mode!r}: choose one of {WINDOW_MODES}")
     rows, cols = (_count(side, window) for side in hw)
     size = (window, window) if mode == "pad" else (-(-hw[0] // rows), -(-hw[1] // cols))
     return WindowGrid(hw, (rows, cols), size)

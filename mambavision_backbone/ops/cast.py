@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .triton_support import ceil_div, compute_dtype, fusible, launch_recorder
+from .functions import compute_dtype
+from .sizes import ceil_div
+from .triton_support import fusible, launch_recorder
 
 _ALIGNMENT = 64  # elements: 128 bytes in half precision
 

@@ -41,7 +41,7 @@ def _put_off(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 def _joined(starts: Sequence[Start]) -> Iterator[Start]:
-    from ..ops.row_sum.launch import MANY, merge
+    from ..ops.row_sum.launch import MANY, merge_launches
 
     by_dtypes: dict[object, list[Start]] = {}
     for start in starts:
@@ -53,5 +53,7 @@ def _joined(starts: Sequence[Start]) -> Iterator[Start]:
             if len(some) == 1:
                 yield some[0]
             else:
-                launch, tensors = merge([s.launch for s in some], [s.tensors for s in some])
+                launch, tensors = merge_launches(
+                    [s.launch for s in some], [s.tensors for s in some]
+                )
                 yield Start(launch, tensors)

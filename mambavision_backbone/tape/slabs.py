@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..ops.triton_support import ceil_div
+from ..ops.sizes import ceil_div
 
 SLAB = 32 << 20  # bytes at most
 ALIGNMENT = 512  # bytes, as that of PyTorch's allocator

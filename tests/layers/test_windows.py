@@ -42,6 +42,11 @@ def test_fit_mode_has_no_padding_where_a_window_covers_the_map() -> None:
     assert (grid.counts, grid.size, grid.pad_hw) == ((1, 1), (50, 84), (0, 0))
 
 
+def test_other_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown window mode 'same'"):
+        window_grid((50, 84), 112, "same")
+
+
 @pytest.mark.parametrize("size", range(1, 60))
 def test_fit_mode_wastes_fewer_rows_than_windows(size: int) -> None:
     grid = window_grid((size, size), 7, "fit")

@@ -152,7 +152,7 @@ def main() -> None:
         one = triton_support.Launch(
             row_sum.kernels.row_sum, (1, 1, 1), (3, 5), (row_sum.BLOCK_ROWS,), row_sum.WARPS
         )
-        merged, tensors = row_sum.merge([one, one], [(parts, total)] * 2)
+        merged, tensors = row_sum.merge_launches([one, one], [(parts, total)] * 2)
         merged(*tensors)
 
 

@@ -37,7 +37,7 @@ def test_several_at_once_are_the_same(count: int) -> None:
         columns = alone[-1].numel()
         grid = (-(-columns // row_sum.BLOCK_COLUMNS), 1, 1)
         starts.append(Launch(row_sum.kernels.row_sum, grid, (len(parts), columns), (), 1))
-    launch, arguments = row_sum.merge(starts, tensors)
+    launch, arguments = row_sum.merge_launches(starts, tensors)
     launch(*arguments)
     for (_, total), wanted in zip(tensors, alone, strict=True):
         assert torch.equal(total, wanted)

@@ -297,7 +297,7 @@ def test_bad_segmentations(coco, segmentation, reason):
 def test_run_lengths_are_those_of_pycocotools(density):
     mask = np.random.default_rng(0).random((211, 307)) < density
     encoded = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-    lengths = check_data.run_lengths(encoded["counts"].decode())
+    lengths = check_data.decode_runs(encoded["counts"].decode())
     values = np.arange(len(lengths)) % 2 == 1
     np.testing.assert_array_equal(np.repeat(values, lengths), mask.ravel(order="F"))
 

@@ -324,12 +324,12 @@ def test_a_killed_training_resumes_from_its_checkpoint(work):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert demo.newest_checkpoint(work / task.name).name == "iter_3.pth"
+    assert demo.last_checkpoint(work / task.name).name == "iter_3.pth"
 
     state = demo.read_state(work, demo.SMOKE)
     assert demo.pending([train], state)
     run_chains([demo.pending([train], state)], work, state, demo.environment_of("CPU"))
-    assert demo.newest_checkpoint(work / task.name).name == "iter_6.pth"
+    assert demo.last_checkpoint(work / task.name).name == "iter_6.pth"
     log = (work / "logs" / f"{train.name}.log").read_text()
     assert "resumed epoch: 0, iter: 3" in log
     assert "Iter(train) [2/6]" not in log

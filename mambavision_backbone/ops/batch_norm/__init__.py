@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functions import call
 from ..layer_norm import add
 from ..plain import plain
-from ..triton_support import call, fusible
+from ..triton_support import fusible
 
 
 def conv_norm(
@@ -36,6 +37,9 @@ def conv_norm(
 
     Returns:
         (B, D, H', W').
+
+    Raises:
+        ValueError: sizes that do not fit, by the kernels; by the modules PyTorch's RuntimeError.
     """
     kind = _ACTS.get(type(act))
     if not (

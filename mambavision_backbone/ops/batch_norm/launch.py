@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..triton_support import ceil_div, launch, split_rows
+from ..sizes import ceil_div, split_rows
+from ..triton_support import launch
 from . import kernels
 
 BLOCK_CHANNELS, BLOCK_PARTS = 32, 32

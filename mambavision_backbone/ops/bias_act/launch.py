@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..triton_support import ceil_div, launch
+from ..sizes import ceil_div
+from ..triton_support import launch
 from . import kernels
 
 BLOCK, WARPS = 1024, 4

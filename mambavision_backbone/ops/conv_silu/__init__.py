@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..triton_support import call, fusible
+from ..functions import call
+from ..triton_support import fusible
 
 
 def conv_silu(xz: Tensor, weight_x: Tensor, weight_z: Tensor) -> tuple[Tensor, Tensor]:

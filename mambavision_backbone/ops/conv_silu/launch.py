@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..row_sum.launch import row_sum
-from ..triton_support import Launch, ceil_div, launch, rows_of
+from ..sizes import ceil_div, rows_of
+from ..triton_support import Launch, launch
 from . import kernels
 
 BLOCK_ROWS, BLOCK_D, WARPS = 32, 32, 4

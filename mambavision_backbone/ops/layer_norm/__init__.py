@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functions import call, compute_dtype
 from ..plain import plain
-from ..triton_support import call, compute_dtype, fusible
+from ..triton_support import fusible
 
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:

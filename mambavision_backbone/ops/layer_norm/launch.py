@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..functions import compute_dtype, recorded
 from ..row_sum.launch import row_sum
-from ..triton_support import (
-    Launch,
-    ceil_div,
-    compute_dtype,
-    launch,
-    power_of_2,
-    recorded,
-    split_rows,
-)
+from ..sizes import ceil_div, power_of_2, split_rows
+from ..triton_support import Launch, launch
 from . import kernels
 
 ROWS = 2  # of a tile

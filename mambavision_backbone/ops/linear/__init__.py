@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functions import call
 from ..plain import plain
-from ..triton_support import call, fusible
+from ..triton_support import fusible
 
 
 def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:

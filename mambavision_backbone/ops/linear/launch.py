@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..functions import compute_dtype
 from ..row_sum.launch import row_sum
-from ..triton_support import ceil_div, compute_dtype, launch, split_rows
+from ..sizes import ceil_div, split_rows
+from ..triton_support import launch
 from . import kernels
 
 BLOCK_ROWS, BLOCK_C, WARPS = 16, 128, 4

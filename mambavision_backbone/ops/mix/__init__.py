@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..conv_silu import conv_silu
+from ..functions import call
 from ..linear import linear
 from ..plain import plain
 from ..selective_scan import choose_backend, selective_scan
-from ..triton_support import call, fusible
+from ..triton_support import fusible
 
 
 def mix(

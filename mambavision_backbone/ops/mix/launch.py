@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..conv_silu import launch as conv_silu
+from ..functions import compute_dtype
 from ..selective_scan.triton.launch import Parameters, scan, scan_backward
-from ..triton_support import compute_dtype
 
 
 def forward(
@@ -72,7 +72,7 @@ def _backward(ctx: Any, dyz: Tensor) -> tuple[Tensor, ...]:
     rank, dstate = dt_proj.shape[1], A_log.shape[1]
     tokens = _tokens(x, dt_BC, dt_proj.t(), dstate)
     ddt_BC = torch.empty_like(dt_BC)
-    dB, dC = states(ddt_BC, batch, rank, dstate)
+    dB, dC = split_BC(ddt_BC, batch, rank, dstate)
     grads = scan_backward(dy, *tokens, parameters(A_log, D, dt_bias), ends, (dB, dC))
 
     ddt, dx = grads.dt.view(-1, dim), grads.u.view(-1, dim)
@@ -92,10 +92,10 @@ def _tokens(
     """The scan's u, dt, B and C; dt_proj (R, D)."""
     rank = len(dt_proj)
     dt = torch.mm(dt_BC[:, :rank], dt_proj).view(x.shape)
-    return x, dt, *states(dt_BC, len(x), rank, dstate)
+    return x, dt, *split_BC(dt_BC, len(x), rank, dstate)
 
 
-def states(dt_BC: Tensor, batch: int, rank: int, dstate: int) -> tuple[Tensor, Tensor]:
+def split_BC(dt_BC: Tensor, batch: int, rank: int, dstate: int) -> tuple[Tensor, Tensor]:
     """B and C (batch, L, N) beside step sizes of a rank, (batch·L, R + 2N); or their gradients."""
     _, B, C = dt_BC.view(batch, -1, dt_BC.shape[1]).split([rank, dstate, dstate], 2)
     return B, C

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..functions import compute_dtype
 from ..linear.launch import BLOCK_C, BLOCK_ROWS, PROGRAMS, WARPS
 from ..row_sum.launch import row_sum
-from ..triton_support import ceil_div, compute_dtype, launch, split_rows
+from ..sizes import ceil_div, split_rows
+from ..triton_support import launch
 from . import kernels
 
 

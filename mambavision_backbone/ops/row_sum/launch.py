@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..triton_support import Launch, ceil_div, launch
+from ..sizes import ceil_div
+from ..triton_support import Launch, launch
 from . import kernels
 
 BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 256, 16, 8
@@ -37,7 +38,9 @@ def is_row_sum(start: Launch) -> bool:
     return start.kernel is kernels.row_sum
 
 
-def merge(starts: Sequence[Launch], tensors: Sequence[Sequence[T]]) -> tuple[Launch, list[T]]:
+def merge_launches(
+    starts: Sequence[Launch], tensors: Sequence[Sequence[T]]
+) -> tuple[Launch, list[T]]:
     """Launches of ``row_sum`` as one with the same results, and its tensors.
 
     Args:

@@ -75,7 +75,20 @@ def check_backend(backend: str) -> str:
 
 
 def choose_backend(backend: str, u: Tensor, A: Tensor) -> str:
-    """Resolve ``auto`` and refuse a named backend that cannot run on these tensors."""
+    """Resolve ``auto`` and refuse a named backend that cannot run on these tensors.
+
+    Args:
+        backend: one of ``CHOICES``.
+        u: (batch, L, dim), as for :func:`selective_scan`.
+        A: (dim, dstate).
+
+    Returns:
+        The backend's name, never ``auto``.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that does not take these tensors.
+        RuntimeError: a named backend that does not work on this machine.
+    """
     check_backend(backend)
     batch, dstate = u.shape[0], A.shape[1]
     if backend == "auto":

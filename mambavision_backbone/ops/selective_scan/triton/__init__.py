@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...triton_support import call, interpreted, unavailable
+from ...functions import call
+from ...triton_support import interpreted, unavailable
 
 __all__ = [
     "direct",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_support import Launch, ceil_div, launch, power_of_2
+from ...sizes import ceil_div, power_of_2
+from ...triton_support import Launch, launch
 from . import kernels
 
 BLOCK_D = 32  # channels of a program: one a thread, in one warp
