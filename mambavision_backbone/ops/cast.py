@@ -32,7 +32,8 @@ class _CastAll(torch.autograd.Function):
             return tuple(_cast(tensors, dtype))
         copies = recorder.kept((_CastAll, dtype), lambda: _empty(tensors, dtype))
         torch._foreach_copy_(copies, list(tensors))
-        return tuple(c.detach() for c in copies)
+        # Not detach(), which would count other passes' copies as changes of what this one saves.
+        return tuple(c.data for c in copies)
 
     @staticmethod
     @once_differentiable
