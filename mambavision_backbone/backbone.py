@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from .layers.mixer import MambaVisionMixer
 from .layers.norms import build_out_norm
 from .layers.stage import ConvStage, TokenStage
 from .layers.stem import PatchEmbed
-from .layers.windows import WINDOW_MODES
+from .layers.windows import check_window_mode
 from .ops.cast import WeightCaster
 from .ops.selective_scan import check_backend
 from .registry import BaseModule, register_model
@@ -84,8 +84,7 @@ class MambaVision(BaseModule):
         self.arch = resolve_arch(arch)
         if window_size is not None:
             self.arch = replace(self.arch, window_size=window_size)  # type: ignore[arg-type]
-        if window_mode not in WINDOW_MODES:
-            raise ValueError(f"unknown window_mode {window_mode!r}: choose one of {WINDOW_MODES}")
+        check_window_mode(window_mode)
         self.out_indices = _check_out_indices(out_indices)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
@@ -252,7 +251,7 @@ def _is_pretrained(cfg: Any) -> bool:
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    indices = tuple(out_indices) if isinstance(out_indices, Sequence) else ()
+    indices = tuple(out_indices) if isinstance(out_indices, Iterable) else ()
     if not indices or sorted(set(indices)) != list(indices) or not set(indices) <= {0, 1, 2, 3}:
         raise ValueError(
             f"out_indices must be ascending stage numbers out of 0..{STAGES - 1}, got {out_indices}"

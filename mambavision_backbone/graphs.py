@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .capture import GraphMemory, unowned
+from .ops.sizes import ceil_div
 from .passes import Forward, Maps, TrainingPasses, gradients, uncached_autocast
 
 logger = logging.getLogger("mambavision_backbone")
@@ -171,7 +172,7 @@ class _Gradients:
             self._grads.append(unowned(grad))
             start = self._lengths.get(grad.dtype, 0)
             self._places.append((grad.dtype, grad.shape, grad.stride(), start))
-            length = -(-grad.numel() // self.ALIGNMENT) * self.ALIGNMENT
+            length = ceil_div(grad.numel(), self.ALIGNMENT) * self.ALIGNMENT
             self._lengths[grad.dtype] = start + length
 
     def copies(self) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,7 +40,7 @@ class Arch:
         """Check the fields; see :func:`resolve_arch` for the errors."""
         for name in ("depths", "num_heads", "window_size"):
             given = getattr(self, name)
-            value = tuple(given) if isinstance(given, Sequence) else ()
+            value = tuple(given) if isinstance(given, Iterable) else ()
             if len(value) != STAGES or not all(_is_positive_int(v) for v in value):
                 raise ValueError(f"{name} must be {STAGES} positive integers, got {given!r}")
             object.__setattr__(self, name, value)

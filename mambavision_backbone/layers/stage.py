@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.sizes import ceil_div
 from .attention import Attention
 from .blocks import ConvBlock, TokenBlock
 from .drop_path import drop_factors
@@ -94,7 +95,7 @@ class TokenStage(_Stage):
         downsample: bool,
         with_cp: bool,
     ) -> None:
-        mixers = -(-len(drop_paths) // 2)
+        mixers = ceil_div(len(drop_paths), 2)
         blocks = [
             TokenBlock(
                 dim,

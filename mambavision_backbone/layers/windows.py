@@ -11,6 +11,13 @@ from torch import Tensor
 WINDOW_MODES = ("pad", "fit")
 
 
+def check_window_mode(mode: str) -> str:
+    """Return the mode if it is one of ``WINDOW_MODES``; ValueError otherwise."""
+    if mode not in WINDOW_MODES:
+        raise ValueError(f"unknown window_mode {mode!r}: choose one of {WINDOW_MODES}")
+    return mode
+
+
 class Crop(NamedTuple):
     """Picks the positions of a window that are of use: the top left ``kept`` of its ``size``.
 
@@ -71,8 +78,7 @@ def window_grid(hw: tuple[int, int], window: int, mode: str) -> WindowGrid:
     Raises:
         ValueError: another mode.
     """
-    if mode not in WINDOW_MODES:
-        raise ValueError(f"unknown window mode {mode!r}: choose one of {WINDOW_MODES}")
+    check_window_mode(mode)
     rows, cols = (_count(side, window) for side in hw)
     size = (window, window) if mode == "pad" else (-(-hw[0] // rows), -(-hw[1] // cols))
     return WindowGrid(hw, (rows, cols), size)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 
 def ceil_div(a: int, b: int) -> int:
     """⌈a / b⌉; ``triton.cdiv`` takes many times as long."""
@@ -23,10 +21,3 @@ def split_rows(rows: int, block: int, programs: int, batch: int = 1) -> tuple[in
 def power_of_2(n: int) -> int:
     """The next power of 2 from n up."""
     return 1 << (n - 1).bit_length()
-
-
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """Tokens (B, L, C) as rows (B·L, C) with contiguous channels, and the stride of the rows."""
-    rows = x.reshape(-1, x.shape[2])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return rows, rows.stride(0)

@@ -43,7 +43,7 @@ def test_fit_mode_has_no_padding_where_a_window_covers_the_map() -> None:
 
 
 def test_other_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown window mode 'same'"):
+    with pytest.raises(ValueError, match="unknown window_mode 'same'"):
         window_grid((50, 84), 112, "same")
 
 

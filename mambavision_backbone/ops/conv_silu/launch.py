@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..row_sum.launch import row_sum
-from ..sizes import ceil_div, rows_of
+from ..sizes import ceil_div
 from ..triton_support import Launch, launch
 from . import kernels
 
@@ -38,7 +38,7 @@ def forward(xz: Tensor, weight_x: Tensor, weight_z: Tensor, x: Tensor, z: Tensor
     branches = 1 if z is None else 2
     z = x if z is None else z
     seqlen, dim = x.shape[1:]
-    xz, s_xz = rows_of(xz)
+    xz, s_xz = _rows_of(xz)
     strides = s_xz, x.stride(1), z.stride(1)
     start = forward_launch(xz.shape[0], seqlen, dim, strides, branches)
     start(xz, weight_x.contiguous(), weight_z.contiguous(), x, z)
@@ -52,7 +52,7 @@ def backward(
     rows = batch * seqlen
     programs = ceil_div(rows, BLOCK_ROWS * TILES)
     dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
-    (xz, s_xz), (dx, s_dx), (dz, s_dz) = rows_of(xz), rows_of(dx), rows_of(dz)
+    (xz, s_xz), (dx, s_dx), (dz, s_dz) = _rows_of(xz), _rows_of(dx), _rows_of(dz)
     dw = torch.empty(programs, 2 * dim, 1, 3, dtype=torch.float32, device=xz.device)
     launch(
         kernels.backward,
@@ -83,3 +83,10 @@ class ConvSiLUFunction(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the three inputs."""
         return backward(dx, dz, *ctx.saved_tensors)
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """Tokens (B, L, C) as rows (B·L, C) with contiguous channels, and the stride of the rows."""
+    rows = x.reshape(-1, x.shape[2])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..sizes import ceil_div
+
 SEGMENT = 2**24  # state elements (64 MiB in float32) a segment may hold
 STEP = 2**17  # state elements worth one vectorised step: enough to hide call overhead, fits caches
 
@@ -44,7 +46,7 @@ def _chunks(seqlen: int, row: int) -> int:
 def _pack(x: Tensor, n: int) -> Tensor:
     """(batch, tokens, c) → (T, batch * n, c), the end padded with zeros (the scan's identity)."""
     batch, tokens, c = x.shape
-    T = -(-tokens // n)
+    T = ceil_div(tokens, n)
     x = F.pad(x, (0, 0, 0, n * T - tokens))
     return x.view(batch, n, T, c).permute(2, 0, 1, 3).reshape(T, batch * n, c)
 
