@@ -15,7 +15,19 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .capture import GraphMemory, unowned
 from .ops.sizes import ceil_div
-from .passes import Forward, Maps, TrainingPasses, gradients, uncached_autocast
+from .passes import (
+    Ends,
+    Forward,
+    Grads,
+    Maps,
+    OtherTensorsError,
+    Snapshot,
+    TrainingPasses,
+    check_version,
+    gradients,
+    uncached_autocast,
+    version,
+)
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -57,8 +69,21 @@ class TrainingGraphs(TrainingPasses):
         return free and super()._applies(network, x)
 
     def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
+        if self._seen[key]:
+            maps = forward(x)
+            self._warm_up(maps)
+            self._seen[key].clear()
+            return maps
         captured = self._capture(key, forward, network, x)
         return self._watched(forward(x), key) if captured is None else self._again(captured, x)
+
+    def _warm_up(self, maps: Maps) -> None:
+        """Compile what the backward pass of all maps takes, where some lead to no loss so far."""
+        trained = [m for m in maps if m.requires_grad]
+        zeros = [torch.zeros_like(m) for m in trained]
+        assert self._snapshot is not None
+        with torch.autocast("cuda", enabled=False):
+            gradients(trained, zeros, self._snapshot.weights, retain_graph=True)
 
     def _capture(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> _Pass | None:
         """Capture a pass.
@@ -72,8 +97,8 @@ class TrainingGraphs(TrainingPasses):
         assert self._snapshot is not None
         self._memory = self._memory or GraphMemory(x.device)
         try:
-            captured = _Pass(forward, network, self._snapshot.weights, x, self._memory)
-        except torch.cuda.OutOfMemoryError as error:
+            captured = _Pass(forward, network, self._snapshot, x, self._memory)
+        except (torch.cuda.OutOfMemoryError, OtherTensorsError) as error:
             reason = str(error)
         except RuntimeError as error:  # CUDA is in the middle of a capture: there is no going on
             raise RuntimeError(
@@ -123,11 +148,11 @@ class _Pass:
         self,
         forward: Forward,
         network: nn.Module,
-        weights: Sequence[Tensor],
+        snapshot: Snapshot,
         x: Tensor,
         memory: GraphMemory,
     ) -> None:
-        self.weights = weights
+        self.weights, self.parameters = snapshot.weights, snapshot.parameters
         self.x = memory.image(x, _input_dtype(x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _other_leaves(network, self.weights) as leaves:
@@ -136,11 +161,12 @@ class _Pass:
                 values = [m.detach() for m in maps]
                 self._maps = [memory.buffer(("map", i), m) for i, m in enumerate(values)]
                 _copy(self._maps, values)
-            self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
+            self.ends = Ends(maps, leaves)
+            trained = self.ends.trained
             # Maps were copied away when their gradients come, to the same place.
-            self._grad_maps = [self._maps[i] for i in self.trained]
+            self._grad_maps = [self._maps[i] for i in trained]
             with torch.autocast("cuda", enabled=False), memory.capture(self._backward):
-                grads = gradients([maps[i] for i in self.trained], self._grad_maps, leaves)
+                grads = gradients([maps[i] for i in trained], self._grad_maps, leaves)
         self._grads = _Gradients(grads)
 
     def forward(self, x: Tensor) -> Maps:
@@ -149,11 +175,11 @@ class _Pass:
         self._forward.replay()
         return tuple(m.clone() for m in self._maps)
 
-    def backward(self, grad_maps: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the weights, in memory of their own."""
-        _copy(self._grad_maps, [grad_maps[i] for i in self.trained])
+    def backward(self, given: Sequence[Tensor | None]) -> Grads:
+        """Gradients of the weights by those of trained maps, in memory of their own."""
+        _copy(self._grad_maps, given)
         self._backward.replay()
-        return self._grads.copies()
+        return self.ends.choose(given, self._grads.copies())
 
 
 class _Gradients:
@@ -161,7 +187,7 @@ class _Gradients:
 
     ALIGNMENT = 128  # elements
 
-    def __init__(self, grads: Sequence[Tensor | None]) -> None:
+    def __init__(self, grads: Grads) -> None:
         self._lengths: dict[torch.dtype, int] = {}
         self._places: list[Any] = []  # dtype, shape, strides and offset; None without a gradient
         self._grads: list[Tensor] = []
@@ -175,7 +201,7 @@ class _Gradients:
             length = ceil_div(grad.numel(), self.ALIGNMENT) * self.ALIGNMENT
             self._lengths[grad.dtype] = start + length
 
-    def copies(self) -> list[Tensor | None]:
+    def copies(self) -> Grads:
         """The gradients in memory of their own: one tensor of a dtype, so few launches."""
         device = self._grads[0].device
         memory = {d: torch.empty(n, dtype=d, device=device) for d, n in self._lengths.items()}
@@ -217,11 +243,13 @@ def _input_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copy in one launch what has the same strides, and the rest one by one."""
+def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
+    """Copy in one launch what has the same strides, and the rest one by one; zeros for None."""
     targets, sources = [], []
     for target, source in zip(into, tensors, strict=True):
-        if target.stride() == source.stride():
+        if source is None:
+            target.zero_()
+        elif target.stride() == source.stride():
             targets.append(target)
             sources.append(source)
         else:
@@ -233,20 +261,24 @@ def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, captured: _Pass, ticket: _Ticket, x: Tensor, *_weights: Tensor) -> Maps:
+        ctx.set_materialize_grads(False)
         ctx.captured, ctx.ticket = captured, ticket
+        ctx.version = version(captured.parameters)
         maps = captured.forward(x)
-        frozen = [m for i, m in enumerate(maps) if i not in captured.trained]
-        ctx.mark_non_differentiable(*frozen)
+        trained = captured.ends.trained
+        ctx.mark_non_differentiable(*[m for i, m in enumerate(maps) if i not in trained])
         return maps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_maps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.ticket.used:
             raise RuntimeError(
                 "a pass run as a CUDA graph can be differentiated once: "
                 "set graphs=0 in the backbone to differentiate it again"
             )
-        grads = ctx.captured.backward(grad_maps)
+        captured = ctx.captured
+        check_version(captured.parameters, ctx.version)
+        grads = captured.backward(captured.ends.given(grad_maps))
         ctx.ticket.used = True
         return None, None, None, *grads

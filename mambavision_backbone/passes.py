@@ -18,6 +18,7 @@ logger = logging.getLogger("mambavision_backbone")
 
 Maps = tuple[Tensor, ...]
 Forward = Callable[[Tensor], Maps]
+Grads = list[Tensor | None]
 _MEMBERS = "_modules", "_parameters", "_buffers"
 _SETTINGS, _TRAINED = attrgetter("__dict__"), attrgetter("requires_grad")  # quicker than loops
 
@@ -44,8 +45,8 @@ class TrainingPasses(ABC):
         self._stopped = False  # making them
         self._runs = 0  # since the network changed
         self._short_lives = 0
-        self._seen: set[Any] = set()
-        self._snapshot: Snapshot | None = None  # of the network when they were made
+        self._seen: dict[Any, set[int]] = {}  # shapes, and maps that were not differentiated yet
+        self._snapshot: Snapshot | None = None  # of the network that all of this is of
         self._passes: dict[Any, Any] = {}
 
     def run(self, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
@@ -54,13 +55,13 @@ class TrainingPasses(ABC):
             return forward(x)
         if self._snapshot is not None and not self._snapshot.holds(network):
             self.forget()
+        self._snapshot = self._snapshot or Snapshot(network)
         key = _key(x)
         known = self._passes.get(key)
         if known is not None:
             self._runs += 1
             return self._again(known, x)
         if key in self._seen and len(self._passes) < self.limit and not self._stopped:
-            self._snapshot = self._snapshot or Snapshot(network)
             return self._second(key, forward, network, x)
         return self._watched(forward(x), key)
 
@@ -99,9 +100,14 @@ class TrainingPasses(ABC):
         )
 
     def _watched(self, maps: Maps, key: Any) -> Maps:
-        """The maps; when any is differentiated, the shape's kernels are known and compiled."""
-        for trained in [m for m in maps if m.requires_grad]:
-            trained.register_hook(lambda _: self._seen.add(key))
+        """The maps; when any is differentiated, the shape was seen."""
+        trained = {i for i, m in enumerate(maps) if m.requires_grad}
+
+        def seen(i: int) -> Callable[[Tensor], None]:
+            return lambda _: self._seen.setdefault(key, set(trained)).discard(i)
+
+        for i in trained:
+            maps[i].register_hook(seen(i))
         return maps
 
     def _stop(self, reason: str) -> None:
@@ -171,7 +177,7 @@ def gradients(
     grad_maps: Sequence[Tensor],
     leaves: Sequence[Tensor],
     retain_graph: bool = False,
-) -> list[Tensor | None]:
+) -> Grads:
     """Gradients of the leaves, each with its leaf's strides, as optimizers expect it.
 
     None for leaves that the maps do not depend on, and those that were frozen meanwhile.
@@ -184,12 +190,46 @@ def gradients(
     return [_laid_out_as(by_leaf.get(id(leaf)), leaf) for leaf in leaves]
 
 
-def reached(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[set[int]] | None:
-    """For each map, numbers of the weights that it depends on; None if on others, too."""
+class OtherTensorsError(Exception):
+    """Maps depend on more than the network's parameters, whose gradients would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__("maps depend on tensors that are no parameters of the network")
+
+
+class Ends:
+    """What a pass is given and gives: its trained maps, and the gradients that they lead to.
+
+    Attributes:
+        trained: numbers of the maps that can be differentiated.
+
+    Raises:
+        OtherTensorsError: see there.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
+        self._reached = _reached([maps[i] for i in self.trained], weights)
+
+    def given(self, grad_maps: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of the gradients of all maps, those of the trained ones."""
+        return [grad_maps[i] for i in self.trained]
+
+    def choose(self, given: Sequence[Tensor | None], grads: Grads) -> Grads:
+        """The weights' gradients, but for those that the maps with gradients do not depend on."""
+        if all(grad is not None for grad in given):
+            return grads
+        pairs = zip(self._reached, given, strict=True)
+        wanted = set().union(*(weights for weights, grad in pairs if grad is not None))
+        return [grad if i in wanted else None for i, grad in enumerate(grads)]
+
+
+def _reached(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[set[int]]:
+    """For each map, numbers of the weights that it depends on."""
     numbers = {id(weight): i for i, weight in enumerate(weights)}
     found = [_leaves(m) for m in maps]
     if not numbers.keys() >= set().union(*found):
-        return None
+        raise OtherTensorsError
     return [{numbers[leaf] for leaf in leaves} for leaves in found]
 
 
@@ -218,6 +258,24 @@ def _laid_out_as(grad: Tensor | None, weight: Tensor) -> Tensor | None:
     if grad is None or grad.stride() == like.stride():
         return grad
     return torch.empty_like(weight).copy_(grad)
+
+
+def version(tensors: Sequence[Tensor]) -> int:
+    """Grows when any of the tensors is modified in place."""
+    return sum(map(attrgetter("_version"), tensors))
+
+
+def check_version(tensors: Sequence[Tensor], before: int) -> None:
+    """Refuse to go on, as autograd does, with tensors that are not as they were.
+
+    Raises:
+        RuntimeError: they were modified in place.
+    """
+    if version(tensors) != before:
+        raise RuntimeError(
+            "the image or weights needed for gradient computation have been modified by an "
+            "inplace operation: step optimizers after backward()"
+        )
 
 
 def uncached_autocast(device: str) -> torch.autocast:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,18 +14,21 @@ from torch.autograd.function import once_differentiable
 from .ops.plain import GLOBAL_HOOKS, own_forward
 from .ops.triton_support import aligned
 from .passes import (
+    Ends,
     Forward,
+    Grads,
     Maps,
+    OtherTensorsError,
     Snapshot,
     TrainingPasses,
+    check_version,
     gradients,
-    reached,
     uncached_autocast,
+    version,
 )
 from .tape import Recorder, Slots, Tape
 
 MAX_SHAPES = 512  # half a megabyte of the host's memory each
-Grads = list[Tensor | None]
 
 _FORWARD, _BACKWARD = 0, 1  # the parts of a tape
 
@@ -87,7 +89,7 @@ class TrainingReplays(TrainingPasses):
         if any(self._hooks):
             return forward(x)
         assert self._snapshot is not None
-        self._seen.discard(key)  # until there is a backward pass, too
+        self._seen.pop(key)  # until there is a backward pass, too
         recording = _Recording(self, key, self._snapshot)
         maps = recording.record(forward, network, x)
         if recording.refusal:
@@ -109,7 +111,7 @@ class _Run(torch.autograd.Function):
     def forward(ctx: Any, known: _Recording | _Replay, x: Tensor, *_weights: Tensor) -> Maps:
         ctx.set_materialize_grads(False)
         ctx.known, ctx.read = known, known.read(x)
-        ctx.version = _version(ctx.read)
+        ctx.version = version(ctx.read)
         maps, ctx.state = known.forward(x)
         trained = known.ends.trained
         ctx.mark_non_differentiable(*[m for i, m in enumerate(maps) if i not in trained])
@@ -124,53 +126,37 @@ class _Run(torch.autograd.Function):
                 "trying to backward through the graph a second time: give retain_graph=True "
                 "the first time"
             )
-        if _version(ctx.read) != ctx.version:
-            raise RuntimeError(
-                "the image or weights needed for gradient computation have been modified by an "
-                "inplace operation: step optimizers after backward()"
-            )
+        check_version(ctx.read, ctx.version)
         assert _retains_graph is not None
         retain = _retains_graph()
         if not retain:
             ctx.state = None
-        return None, None, *ctx.known.backward(state, grad_maps, retain)
+        given = ctx.known.ends.given(grad_maps)
+        return None, None, *ctx.known.backward(state, given, retain)
 
 
-class _Ends:
-    """What a pass is given and gives: its trained maps, and the gradients that they lead to."""
+class _TapeEnds(Ends):
+    """Those of a tape, which takes gradients of all trained maps, with their strides."""
 
-    def __init__(self, maps: Sequence[Tensor], reach: Sequence[set[int]]) -> None:
-        self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
+    def __init__(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        super().__init__(maps, weights)
         trained = [maps[i] for i in self.trained]
-        self._reached = reach
         self._like = [(m.shape, m.stride(), m.dtype, m.device) for m in trained]
 
-    def fill(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients of all trained maps, as a tape takes them: zeros where none were given."""
+    def fill(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients as a tape takes them: zeros where none were given."""
         filled = []
-        for i, (shape, strides, dtype, device) in zip(self.trained, self._like, strict=True):
-            grad = grads[i]
+        for grad, (shape, strides, dtype, device) in zip(given, self._like, strict=True):
             if grad is None:
                 grad = torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
             filled.append(_laid_out(grad, strides))
         return filled
 
-    def choose(
-        self, given: Sequence[Tensor | None], grads: list[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The weights' gradients, but for those that the maps with gradients do not depend on."""
-        present = [given[i] is not None for i in self.trained]
-        if all(present):
-            return grads
-        pairs = zip(self._reached, present, strict=True)
-        wanted = set().union(*(weights for weights, given in pairs if given))
-        return [grad if i in wanted else None for i, grad in enumerate(grads)]
-
 
 class _Recording:
     """A pass of an input shape, recorded while it runs: ``record``, then ``forward``."""
 
-    ends: _Ends
+    ends: _TapeEnds
 
     def __init__(self, owner: TrainingReplays, key: Any, snapshot: Snapshot) -> None:
         self._owner, self._key, self._snapshot = owner, key, snapshot
@@ -186,13 +172,12 @@ class _Recording:
             maps = function(x)
             self._values = [m.detach() for m in maps]
             outputs += self._values
-        reach = reached([m for m in maps if m.requires_grad], self.weights)
+        self._maps = maps
         self.refusal = self._recorder.refusal
-        if reach is None:
-            self.refusal = "maps depend on tensors that are no parameters of the network"
-        else:
-            self.ends = _Ends(maps, reach)
-            self._maps = maps
+        try:
+            self.ends = _TapeEnds(maps, self.weights)
+        except OtherTensorsError as error:
+            self.refusal = str(error)
         return maps
 
     def read(self, _x: Tensor) -> list[Tensor]:
@@ -206,7 +191,7 @@ class _Recording:
         return values, maps
 
     def backward(self, maps: Maps, given: Sequence[Tensor | None], retain: bool) -> Grads:
-        """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
+        """Gradients of the weights by those of trained maps; if to be retained, once more."""
         trained = [maps[i] for i in self.ends.trained]
         grad_maps = self.ends.fill(given)
         with torch.autocast(grad_maps[0].device.type, enabled=False):
@@ -222,7 +207,9 @@ class _Recording:
 class _Replay:
     """A pass of an input shape, by its tape."""
 
-    def __init__(self, tape: Tape, strides: Sequence[int], ends: _Ends, snapshot: Snapshot) -> None:
+    def __init__(
+        self, tape: Tape, strides: Sequence[int], ends: _TapeEnds, snapshot: Snapshot
+    ) -> None:
         self._tape, self._strides, self.ends = tape, strides, ends
         self.weights, self.parameters = snapshot.weights, snapshot.parameters
 
@@ -236,14 +223,9 @@ class _Replay:
         return self._tape.play(_FORWARD, slots, [_laid_out(x, self._strides)]), slots
 
     def backward(self, slots: Slots, given: Sequence[Tensor | None], retain: bool) -> Grads:
-        """Gradients of the weights by the given ones of the maps; if to be retained, once more."""
+        """Gradients of the weights by those of trained maps; if to be retained, once more."""
         play = self._tape.play_again if retain else self._tape.play  # on autograd's device
         return self.ends.choose(given, play(_BACKWARD, slots, self.ends.fill(given)))
-
-
-def _version(tensors: Sequence[Tensor]) -> int:
-    """Grows when any of the tensors is modified in place."""
-    return sum(map(attrgetter("_version"), tensors))
 
 
 def _laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:

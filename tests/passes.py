@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mambavision_backbone import MambaVision
 
 A, B, C = (64, 64), (64, 96), (32, 32)
+USED_MAPS = [  # of passes, one after the other
+    [(0, 1, 2, 3), (1,), (0, 1, 2, 3), (1, 2), (3,), (0,)],
+    [(1,), (1,), (1,), (1,), (0, 1, 2, 3)],
+]
 
 
 def both(
@@ -73,3 +79,81 @@ def train_a_hundred_steps(models: Sequence[MambaVision], device: str) -> None:
             losses.append(loss.detach())
         assert torch.equal(*losses), step
     assert same(*models)
+
+
+def check_modified_weights(models: Sequence[MambaVision]) -> None:
+    """As PyTorch does it: an error, not gradients of a mixture."""
+    for model in models:
+        for seed in range(3):
+            loss_of(model, images(A, seed), None).backward()
+        loss = loss_of(model, images(A, 3), None)
+        with torch.no_grad():
+            model.outnorm3.weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def check_losses_of_some_maps(models: Sequence[MambaVision], used: Sequence[Sequence[int]]) -> None:
+    """Weights behind maps that are not used have no gradients, rather than zeros."""
+    device = next(models[0].parameters()).device.type
+    for seed, numbers in enumerate(used):
+        for model in models:
+            model.zero_grad()
+            with torch.autocast(device, torch.float16, enabled=device == "cuda"):
+                maps = model(images(A, seed).to(device))
+            sum(maps[i].float().square().sum() for i in numbers).backward()
+        assert same(*models), numbers
+
+
+def check_weights_that_are_no_parameters(models: Sequence[MambaVision]) -> None:
+    """They get their gradients in every pass."""
+    for model in models:
+        layer = model.levels[2].blocks[0].mlp.fc1
+        flat = nn.Parameter(layer.weight.detach().flatten())
+        del layer.weight
+        model.flat = flat
+        layer.weight = flat.view(layer.out_features, layer.in_features)
+        layer.own = flat.new_ones(3)  # an attribute, too
+    for seed in range(4):
+        for model in models:
+            model.zero_grad()
+            loss_of(model, images(A, seed), None).backward(retain_graph=True)
+            assert model.flat.grad.abs().sum() > 0
+        assert same(*models), seed
+
+
+def check_a_weight_from_outside(model: MambaVision) -> None:
+    """A layer of ours that reads another network's parameter."""
+    device = next(model.parameters()).device
+    outside = nn.Parameter(torch.ones(8, 1, 1, device=device))
+    stem = type(model.patch_embed)
+    forward = stem.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stem, "forward", lambda m, x: forward(m, x) * outside.sum())
+        for seed in range(4):
+            outside.grad = None
+            loss_of(model, images(A, seed), None).backward()
+            assert outside.grad.abs().sum() > 0, seed
+
+
+def check_sharded_weights(models: Sequence[MambaVision], original: bool, folder: Path) -> None:
+    """FSDP replaces parameters by views of one tensor, unless it keeps the original ones."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, plain = models
+    device = next(plain.parameters()).device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    meeting = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group(backend, meeting, rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=original, device_id=device)
+        for seed in range(4):
+            sums = []
+            for network in (sharded, plain):
+                network.zero_grad()
+                loss_of(network, images(A, seed), None).backward()
+                grads = [p.grad for p in network.parameters() if p.grad is not None]
+                sums.append(torch.stack([g.square().sum() for g in grads]).sum())
+            assert torch.allclose(*sums, rtol=1e-3), seed
+    finally:
+        torch.distributed.destroy_process_group()

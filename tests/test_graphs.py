@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,23 @@ from torch.utils._pytree import tree_leaves
 from mambavision_backbone import MambaVision
 from mambavision_backbone.graphs import TrainingGraphs
 from tests.conftest import relative_error
-from tests.passes import A, B, C, both, images, loss_of, moved, same, train_a_hundred_steps
+from tests.passes import (
+    USED_MAPS,
+    A,
+    B,
+    C,
+    both,
+    check_a_weight_from_outside,
+    check_losses_of_some_maps,
+    check_modified_weights,
+    check_sharded_weights,
+    check_weights_that_are_no_parameters,
+    images,
+    loss_of,
+    moved,
+    same,
+    train_a_hundred_steps,
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -359,6 +375,65 @@ def test_differentiating_twice_is_refused(device: str, tiny_arch: dict[str, Any]
         loss.backward()
 
 
+def test_weights_modified_before_the_backward_pass(device: str, tiny_arch: dict[str, Any]) -> None:
+    check_modified_weights(pair(tiny_arch, 1, device))
+
+
+@pytest.mark.parametrize("used", USED_MAPS, ids=str)
+def test_losses_of_some_maps(
+    used: Sequence[Sequence[int]], device: str, tiny_arch: dict[str, Any]
+) -> None:
+    models = pair(tiny_arch, 1, device)
+    check_losses_of_some_maps(models, used)
+    assert models[0]._graphs._passes
+
+
+def test_frozen_or_not_before_a_capture(
+    device: str, tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was seen of another network does not count: its kernels are others."""
+    model, _ = pair(tiny_arch, 1, device)
+    captured: list[int] = []
+    capture = TrainingGraphs._capture
+    monkeypatch.setattr(
+        TrainingGraphs, "_capture", lambda *args: captured.append(1) or capture(*args)
+    )
+    for trained in (True, False):
+        model.levels[0].requires_grad_(trained)
+        loss_of(model, images(A, 0), None).backward()
+    assert not captured
+    loss_of(model, images(A, 0), None).backward()
+    assert captured
+
+
+def test_weights_that_are_no_parameters(
+    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    models = pair(tiny_arch, 2, device)
+    check_weights_that_are_no_parameters(models)
+    assert not models[0]._graphs._passes
+    assert "no more CUDA graphs" in caplog.text
+    assert "maps depend on tensors that are no parameters of the network" in caplog.text
+
+
+def test_a_weight_from_outside(
+    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = pair(tiny_arch, 2, device)
+    check_a_weight_from_outside(model)
+    assert not model._graphs._passes
+    assert "maps depend on tensors that are no parameters of the network" in caplog.text
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_sharded_weights(
+    original: bool, device: str, tmp_path: Path, tiny_arch: dict[str, Any]
+) -> None:
+    models = pair(tiny_arch, 2, device)
+    check_sharded_weights(models, original, tmp_path)
+    assert not models[0]._graphs._passes
+
+
 def test_what_cannot_be_captured_runs_as_it_is(
     device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -381,7 +456,7 @@ def test_nothing_changes_on_a_cpu(tiny_arch: dict[str, Any]) -> None:
 
 def test_copies_start_without_graphs() -> None:
     graphs = TrainingGraphs(3)
-    graphs._seen.add("a shape")
+    graphs._seen["a shape"] = set()
     for copied in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert copied.limit == 3
         assert not copied._seen

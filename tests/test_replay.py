@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,23 @@ from mambavision_backbone.replay import TrainingReplays
 from mambavision_backbone.tape.kernels import KernelStart
 from tests.conftest import relative_error
 from tests.ops.test_fused_network import set_fused
-from tests.passes import A, B, C, both, images, loss_of, moved, same, train_a_hundred_steps
+from tests.passes import (
+    USED_MAPS,
+    A,
+    B,
+    C,
+    both,
+    check_a_weight_from_outside,
+    check_losses_of_some_maps,
+    check_modified_weights,
+    check_sharded_weights,
+    check_weights_that_are_no_parameters,
+    images,
+    loss_of,
+    moved,
+    same,
+    train_a_hundred_steps,
+)
 
 if not TrainingReplays(True).limit:
     pytest.skip("this torch does not tell when a graph is retained", allow_module_level=True)
@@ -165,15 +182,7 @@ def test_differentiating_twice(device: str, tiny_arch: dict[str, Any]) -> None:
 
 
 def test_weights_modified_before_the_backward_pass(device: str, tiny_arch: dict[str, Any]) -> None:
-    """As PyTorch does it: an error, not gradients of a mixture."""
-    for model in both(tiny_arch, device, WAY):
-        for seed in range(3):
-            step(model, A, seed, None)
-        loss = loss_of(model, images(A, 3), None)
-        with torch.no_grad():
-            model.outnorm3.weight.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    check_modified_weights(both(tiny_arch, device, WAY))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -194,28 +203,12 @@ def test_an_image_modified_before_the_backward_pass(
                 loss.backward()
 
 
-def test_losses_of_some_maps(device: str, tiny_arch: dict[str, Any]) -> None:
-    """Weights behind maps that are not used have no gradients, rather than zeros."""
+@pytest.mark.parametrize("used", USED_MAPS, ids=str)
+def test_losses_of_some_maps(
+    used: Sequence[Sequence[int]], device: str, tiny_arch: dict[str, Any]
+) -> None:
     models = both(tiny_arch, device, WAY)
-    for seed, used in enumerate([(0, 1, 2, 3), (1,), (0, 1, 2, 3), (1, 2), (3,), (0,)]):
-        for model in models:
-            model.zero_grad()
-            device_type = "cuda" if device == "cuda" else "cpu"
-            with torch.autocast(device_type, torch.float16, enabled=device == "cuda"):
-                maps = model(images(A, seed).to(device))
-            sum(maps[i].float().square().sum() for i in used).backward()
-        assert same(*models), used
-    assert models[0]._replays._passes
-
-
-def test_first_seen_with_some_maps_only(device: str, tiny_arch: dict[str, Any]) -> None:
-    models = both(tiny_arch, device, WAY)
-    for seed, used in enumerate([(1,), (1,), (1,), (0, 1, 2, 3)]):
-        for model in models:
-            model.zero_grad()
-            maps = model(images(A, seed).to(device))
-            sum(maps[i].square().sum() for i in used).backward()
-        assert same(*models), used
+    check_losses_of_some_maps(models, used)
     assert models[0]._replays._passes
 
 
@@ -329,67 +322,24 @@ def test_a_change_while_a_recording_is_under_way(device: str, tiny_arch: dict[st
 
 
 def test_weights_that_are_no_parameters(device: str, tiny_arch: dict[str, Any]) -> None:
-    """They get their gradients in every pass."""
     models = both(tiny_arch, device, WAY)
-    for model in models:
-        layer = model.levels[2].blocks[0].mlp.fc1
-        flat = nn.Parameter(layer.weight.detach().flatten())
-        del layer.weight
-        model.flat = flat
-        layer.weight = flat.view(layer.out_features, layer.in_features)
-        layer.own = flat.new_ones(3)  # an attribute, too
-    for seed in range(4):
-        for model in models:
-            model.zero_grad()
-            loss_of(model, images(A, seed), None).backward(retain_graph=True)
-            assert model.flat.grad.abs().sum() > 0
+    check_weights_that_are_no_parameters(models)
     assert not models[0]._replays._passes
 
 
 def test_a_weight_from_outside(device: str, tiny_arch: dict[str, Any]) -> None:
-    """A layer of ours that reads another network's parameter."""
-    outside = nn.Parameter(torch.ones(8, 1, 1, device=device))
     model, _ = both(tiny_arch, device, WAY)
-    forward = type(model.patch_embed).forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            type(model.patch_embed), "forward", lambda m, x: forward(m, x) * outside.sum()
-        )
-        for seed in range(4):
-            outside.grad = None
-            step(model, A, seed, None)
-            assert outside.grad.abs().sum() > 0, seed
+    check_a_weight_from_outside(model)
     assert not model._replays._passes
 
 
-def test_sharded_weights(device: str, tmp_path: Path, tiny_arch: dict[str, Any]) -> None:
-    """FSDP replaces parameters by views of one tensor."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    backend = "nccl" if device == "cuda" else "gloo"
-    meeting = f"file://{tmp_path / 'meeting'}"
-    torch.distributed.init_process_group(backend, meeting, rank=0, world_size=1)
-    try:
-        for original in (False, True):
-            model, plain = both(tiny_arch, device, WAY)
-            sharded = FullyShardedDataParallel(
-                model,
-                use_orig_params=original,
-                device_id=torch.device(device, 0) if device == "cuda" else torch.device("cpu"),
-            )
-            for seed in range(4):
-                sharded.zero_grad()
-                loss_of(sharded, images(A, seed), None).backward()
-                plain.zero_grad()
-                loss_of(plain, images(A, seed), None).backward()
-                total = sum(
-                    p.grad.square().sum() for p in sharded.parameters() if p.grad is not None
-                )
-                wanted = sum(p.grad.square().sum() for p in plain.parameters())
-                assert torch.allclose(total, wanted, rtol=1e-3), seed
-            assert not model._replays._passes
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("original", [False, True])
+def test_sharded_weights(
+    original: bool, device: str, tmp_path: Path, tiny_arch: dict[str, Any]
+) -> None:
+    models = both(tiny_arch, device, WAY)
+    check_sharded_weights(models, original, tmp_path)
+    assert not models[0]._replays._passes
 
 
 def test_memory_of_weights_that_are_moved(device: str, tiny_arch: dict[str, Any]) -> None:
@@ -443,9 +393,10 @@ def test_hooks_are_called(device: str, tiny_arch: dict[str, Any]) -> None:
 class Noisy(nn.Linear):
     """A layer that a recording would freeze."""
 
+    calls = itertools.count(1)
+
     def forward(self, x: Tensor) -> Tensor:
-        self.calls = getattr(self, "calls", 0) + 1
-        return self.calls * super().forward(x)
+        return next(self.calls) * super().forward(x)
 
 
 def test_layers_of_others_run_as_they_are(
