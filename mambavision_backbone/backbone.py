@@ -162,7 +162,7 @@ class MambaVision(BaseModule):
         """Features, with weights cast all at once where autocast would cast each."""
         recomputes = self.with_cp and torch.is_grad_enabled()
         replica = getattr(self, "_is_replica", False)  # of nn.DataParallel: slots not its own
-        if self._caster.wanted(x) and not (recomputes or replica or compiled(self.patch_embed)):
+        if self._caster.applies(x) and not (recomputes or replica or compiled(self.patch_embed)):
             with self._caster.cast(x):
                 return self._features(x)
         return self._features(x)

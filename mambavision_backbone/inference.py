@@ -109,6 +109,7 @@ class FastBackbone(nn.Module):
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._memory: GraphMemory | None = None
+        self.register_load_state_dict_post_hook(_graphs_anew)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -181,15 +182,23 @@ class FastBackbone(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> FastBackbone:
         """Move or cast; the graphs are of the old weights."""
-        self._graphs, self._seen, self._memory = {}, set(), None
+        self._forget()
         super()._apply(*args, **kwargs)
         weight = next(self.net.parameters())
         self.dtype, self._device = weight.dtype, weight.device
         return self
 
+    def _forget(self) -> None:
+        self._graphs, self._seen, self._memory = {}, set(), None
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave graphs out of copies."""
         return {**self.__dict__, "_graphs": {}, "_seen": set(), "_memory": None}
+
+
+def _graphs_anew(fast: Any, _keys: Any) -> None:
+    """Loading may have replaced weights."""
+    fast._forget()
 
 
 class _Graph(NamedTuple):

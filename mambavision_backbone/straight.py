@@ -31,9 +31,26 @@ from .ops.triton_support import Launch, aligned, fusible
 if TYPE_CHECKING:
     from .ops.selective_scan.triton.launch import ScanLaunch
 
-# Of the modules of blocks; adapters and quantised or parametrised layers do something else.
-_USUAL = {nn.ModuleList, TokenBlock, MambaVisionMixer, Attention, Mlp, nn.Linear, nn.LayerNorm}
-_USUAL |= {nn.Conv1d, nn.GELU, nn.Dropout, nn.Identity}
+# What blocks are made of; adapters and quantised or parametrised layers do something else.
+_USUAL: dict[type[nn.Module], dict[str, type[nn.Module]]] = {
+    MambaVisionMixer: {
+        "in_proj": nn.Linear,
+        "conv1d_x": nn.Conv1d,
+        "conv1d_z": nn.Conv1d,
+        "x_proj": nn.Linear,
+        "dt_proj": nn.Linear,
+        "out_proj": nn.Linear,
+    },
+    Attention: {"qkv": nn.Linear, "proj": nn.Linear},
+    Mlp: {
+        "fc1": nn.Linear,
+        "act": nn.GELU,
+        "drop1": nn.Dropout,
+        "norm": nn.Identity,
+        "fc2": nn.Linear,
+        "drop2": nn.Dropout,
+    },
+}
 _MAX_SHAPES = 1000  # of which launches are kept; then they are forgotten
 
 
@@ -100,9 +117,9 @@ class StraightStage(TokenStage):
         modules = list(self.blocks.modules())
         self._mixers = [m for m in modules if isinstance(m, MambaVisionMixer)]
         usual = (
-            all(type(m) in _USUAL and own_forward(m) for m in modules)
+            all(map(_is_usual, self.blocks))
+            and all(map(own_forward, modules))
             and all(p.is_contiguous() for p in self.blocks.parameters())
-            and not any(_has_biases(m) for m in self._mixers)
         )
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         chain = [_Block.of(block) for block in self.blocks] if usual else []
@@ -131,9 +148,30 @@ def _chain_anew(stage: nn.Module, _keys: Any) -> None:
         stage._set_chain()
 
 
-def _has_biases(mixer: MambaVisionMixer) -> bool:
-    """Which the published ones have not."""
-    return any(m.bias is not None for m in (mixer.in_proj, mixer.x_proj, mixer.out_proj))
+def _is_usual(block: nn.Module) -> bool:
+    """Whether a block is made of what it was made of, with weights where ``_Block`` wants them."""
+    if not (type(block) is TokenBlock and type(block.mixer) in (MambaVisionMixer, Attention)):
+        return False
+    places = {"norm1": nn.LayerNorm, "mixer": type(block.mixer), "norm2": nn.LayerNorm, "mlp": Mlp}
+    mixer: Any = block.mixer
+    if type(mixer) is MambaVisionMixer:
+        with_bias = {mixer.dt_proj}
+        without: set[Any] = {mixer.in_proj, mixer.x_proj, mixer.out_proj}
+    else:
+        with_bias, without = {mixer.qkv}, set()
+    norms = block.norm1, block.norm2
+    return (
+        _children(block) == places
+        and all(_children(m) == _USUAL[type(m)] for m in (mixer, block.mlp))
+        and all(m.bias is not None for m in (block.mlp.fc1, *with_bias, *norms))
+        and all(m.weight is not None for m in norms)
+        and not any(m.bias is not None for m in without)
+        and block.mlp.act.approximate == "none"
+    )
+
+
+def _children(module: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(child) for name, child in module.named_children()}
 
 
 def _alike(chain: Sequence[_Block]) -> bool:

@@ -144,6 +144,30 @@ def test_weights_cast_at_once(tiny_arch: dict[str, Any], monkeypatch: pytest.Mon
     assert {c.dtype for c in copies} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("last_first", [False, True])
+def test_passes_of_two_shapes_that_overlap(
+    last_first: bool, device: str, tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the copies of weights, recorded or replayed."""
+    if device == "cpu":
+        monkeypatch.setattr("mambavision_backbone.ops.cast.fusible", lambda _: True)
+    models = both(tiny_arch, device, WAY)
+    alone, overlapping = [(A,), (B,), (C,)], [(A, B), (A, B), (C, A), (B, C)]
+    for seed, shapes in enumerate([*alone, *overlapping]):
+        for model in models:
+            model.zero_grad()
+            losses = []
+            for hw in shapes:
+                with torch.autocast(device, torch.bfloat16):
+                    maps = model(images(hw, seed).to(device))
+                losses.append(sum(m.float().square().mean() for m in maps))
+            for loss in reversed(losses) if last_first else losses:
+                loss.backward()
+        assert same(*models), seed
+    assert len(models[0]._replays._passes) == 3
+    assert len(models[0]._replays.kept) == 1
+
+
 def test_a_hundred_steps_with_evaluation_in_between(device: str, tiny_arch: dict[str, Any]) -> None:
     """As recipes train: losses scaled, gradients clipped, and statistics used now and then."""
     models = both(tiny_arch, device, WAY)

@@ -246,8 +246,37 @@ def another_backend(model: MambaVision) -> None:
     stage.blocks[1].mixer.scan_backend = "reference"
 
 
+def tanh_gelu(model: MambaVision) -> None:
+    model.levels[2].blocks[0].mlp.act = nn.GELU(approximate="tanh")
+
+
+def no_activation(model: MambaVision) -> None:
+    model.levels[2].blocks[0].mlp.act = nn.Identity()
+
+
+def norm_in_mlp(model: MambaVision) -> None:
+    model.levels[2].blocks[0].mlp.norm = nn.LayerNorm(256, device=DEVICE)
+
+
+def no_norm(model: MambaVision) -> None:
+    model.levels[2].blocks[0].norm1 = nn.Identity()
+
+
+def norm_without_weights(model: MambaVision) -> None:
+    model.levels[2].blocks[0].norm2 = nn.LayerNorm(64, elementwise_affine=False)
+
+
+def no_bias_of_fc1(model: MambaVision) -> None:
+    model.levels[2].blocks[0].mlp.fc1 = nn.Linear(64, 256, bias=False, device=DEVICE)
+
+
+def no_bias_of_qkv(model: MambaVision) -> None:
+    model.levels[2].blocks[1].mixer.qkv = nn.Linear(64, 192, bias=False, device=DEVICE)
+
+
 CHANGES = [adapt, normalise_weights, subclass, lower_rank, fewer_heads, another_backend]
-CHANGES += [bias_of_in_proj, bias_of_out_proj]
+CHANGES += [bias_of_in_proj, bias_of_out_proj, no_bias_of_fc1, no_bias_of_qkv]
+CHANGES += [tanh_gelu, no_activation, norm_in_mlp, no_norm, norm_without_weights]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)

@@ -64,14 +64,12 @@ def _dense_strides(x: Tensor) -> Sequence[int]:
     return x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
 
 
-_LOCK = threading.Lock()  # of the weights that are replaced: one thread's
-
-
 class WeightCaster:
     """Stands copies in autocast's dtype in for float32 weights while a network runs.
 
     Autocast casts weights one by one, and their gradients one by one too: a kernel each, shorter
-    than its launch. Here that is a few launches for all weights.
+    than its launch. Here that is a few launches for all weights. Other threads that run the network
+    wait meanwhile, so that none reads another's copies.
 
     Args:
         network: of which the weights of linear and 2D convolution layers are meant.
@@ -86,19 +84,26 @@ class WeightCaster:
             for name in ("weight", "bias")
             if not (name == "bias" and module in but)
         ]
+        self._lock = threading.RLock()
 
-    def wanted(self, x: Tensor) -> bool:
-        """Whether autocast would cast the weights of a network that is run on x, step by step."""
-        return fusible(x) and torch.is_autocast_enabled(x.device.type)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the lock out of copies."""
+        return {"slots": self.slots}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def applies(self, x: Tensor) -> bool:
+        """Whether a network's weights may be replaced while it, or another thread, runs it on x."""
+        return bool(self.slots) and fusible(x)
 
     @contextmanager
     def cast(self, x: Tensor) -> Iterator[None]:
-        """Put the copies in the weights' places, inside; do nothing in a second thread."""
-        if not _LOCK.acquire(blocking=False):
-            yield
-            return
-        try:
-            slots = [slot for slot in self.slots if self._is_cast(*slot)]
+        """Put copies in the weights' places, inside, if autocast would cast them step by step."""
+        with self._lock:
+            slots = []
+            if torch.is_autocast_enabled(x.device.type):
+                slots = [slot for slot in self.slots if self._is_cast(*slot)]
             weights = [parameters[name] for parameters, name in slots]
             copies = _CastAll.apply(compute_dtype(x), *weights) if weights else ()
             try:
@@ -108,8 +113,6 @@ class WeightCaster:
             finally:
                 for (parameters, name), weight in zip(slots, weights, strict=True):
                     parameters[name] = weight
-        finally:
-            _LOCK.release()
 
     @staticmethod
     def _is_cast(parameters: dict[str, Any], name: str) -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -77,17 +81,45 @@ def test_frozen_and_parametrised_weights(model: MambaVision) -> None:
     assert len(run(model, x)) == 4
 
 
-def test_a_second_thread_leaves_the_weights_alone(model: MambaVision) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_second_thread_waits_for_the_weights(autocast: bool, model: MambaVision) -> None:
+    """It never sees the first one's copies: of another dtype, or of another history."""
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
-    fc1 = model.levels[3].blocks[0].mlp.fc1
-    weight = fc1.weight
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16), model._caster.cast(x):
-        swapped = fc1.weight
-        assert swapped.dtype == torch.bfloat16
-        with model._caster.cast(x):
-            assert fc1.weight is swapped
-        assert fc1.weight is swapped
-    assert fc1.weight is weight
+    own = [p for p in model.parameters() if p.requires_grad]
+    inside, other = threading.Event(), threading.Event()
+
+    def meet(*_: Any) -> None:
+        if not inside.is_set():
+            inside.set()
+            other.wait(0.5)  # the second thread comes this far only if it does not wait
+
+    def run(enabled: bool) -> list[Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            maps = model(x)
+        return [*maps, *torch.autograd.grad(sum(m.float().square().mean() for m in maps), own)]
+
+    def second() -> list[Tensor]:
+        assert inside.wait(60)
+        try:
+            return run(autocast)
+        finally:
+            other.set()
+
+    flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.backends.cudnn.flags(enabled=True, **flags), ThreadPoolExecutor() as threads:
+        wanted = run(True), run(autocast)
+        model.levels[2].register_forward_pre_hook(meet)
+        got = threads.submit(run, True), threads.submit(second)
+        for a, b in zip(got, wanted, strict=True):
+            assert all(map(torch.equal, a.result(), b))
+    assert all(map(operator.is_, own, (p for p in model.parameters() if p.requires_grad)))
+
+
+def test_copies_and_pickles(model: MambaVision) -> None:
+    for copied in (copy.deepcopy(model._caster), pickle.loads(pickle.dumps(model._caster))):
+        assert len(copied.slots) == len(model._caster.slots)
+        with copied.cast(torch.ones(1)):
+            pass
 
 
 def test_weights_come_back_after_an_error(model: MambaVision) -> None:

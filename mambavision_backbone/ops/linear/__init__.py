@@ -27,10 +27,10 @@ def linear(x: Tensor, layer: nn.Linear, part: slice | None = None) -> Tensor:
 
     Args:
         x: (B, L, C); rows may be spaced.
-        layer: with a bias; one that is not ``plain`` is called.
+        layer: called if it is not ``plain`` or has no bias.
         part: of the D outputs, those to compute.
     """
-    if not plain(layer, nn.Linear):
+    if not plain(layer, nn.Linear) or layer.bias is None:
         y = layer(x)
         return y if part is None else y[..., part]
     weight: Tensor = layer.weight
