@@ -69,7 +69,7 @@ class TrainingGraphs(TrainingPasses):
         return free and super()._applies(network, x)
 
     def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
-        if self._seen[key]:
+        if self._seen[key]:  # maps that led to no loss: theirs is captured, too
             maps = forward(x)
             self._warm_up(maps)
             self._seen[key].clear()
@@ -162,11 +162,10 @@ class _Pass:
                 self._maps = [memory.buffer(("map", i), m) for i, m in enumerate(values)]
                 _copy(self._maps, values)
             self.ends = Ends(maps, leaves)
-            trained = self.ends.trained
             # Maps were copied away when their gradients come, to the same place.
-            self._grad_maps = [self._maps[i] for i in trained]
+            self._grad_maps = self.ends.pick(self._maps)
             with torch.autocast("cuda", enabled=False), memory.capture(self._backward):
-                grads = gradients([maps[i] for i in trained], self._grad_maps, leaves)
+                grads = gradients(self.ends.pick(maps), self._grad_maps, leaves)
         self._grads = _Gradients(grads)
 
     def forward(self, x: Tensor) -> Maps:
@@ -265,8 +264,7 @@ class _Replay(torch.autograd.Function):
         ctx.captured, ctx.ticket = captured, ticket
         ctx.version = version(captured.parameters)
         maps = captured.forward(x)
-        trained = captured.ends.trained
-        ctx.mark_non_differentiable(*[m for i, m in enumerate(maps) if i not in trained])
+        ctx.mark_non_differentiable(*captured.ends.frozen(maps))
         return maps
 
     @staticmethod
@@ -279,6 +277,6 @@ class _Replay(torch.autograd.Function):
             )
         captured = ctx.captured
         check_version(captured.parameters, ctx.version)
-        grads = captured.backward(captured.ends.given(grad_maps))
+        grads = captured.backward(captured.ends.pick(grad_maps))
         ctx.ticket.used = True
         return None, None, None, *grads

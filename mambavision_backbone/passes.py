@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ logger = logging.getLogger("mambavision_backbone")
 Maps = tuple[Tensor, ...]
 Forward = Callable[[Tensor], Maps]
 Grads = list[Tensor | None]
+Value = TypeVar("Value")
 _MEMBERS = "_modules", "_parameters", "_buffers"
 _SETTINGS, _TRAINED = attrgetter("__dict__"), attrgetter("requires_grad")  # quicker than loops
 
@@ -209,11 +210,15 @@ class Ends:
 
     def __init__(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
-        self._reached = _reached([maps[i] for i in self.trained], weights)
+        self._reached = _reached(self.pick(maps), weights)
 
-    def given(self, grad_maps: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Of the gradients of all maps, those of the trained ones."""
-        return [grad_maps[i] for i in self.trained]
+    def pick(self, values: Sequence[Value]) -> list[Value]:
+        """Of one value for each map, those of the trained ones."""
+        return [values[i] for i in self.trained]
+
+    def frozen(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The other maps, which cannot be differentiated."""
+        return [m for i, m in enumerate(maps) if i not in self.trained]
 
     def choose(self, given: Sequence[Tensor | None], grads: Grads) -> Grads:
         """The weights' gradients, but for those that the maps with gradients do not depend on."""

@@ -113,8 +113,7 @@ class _Run(torch.autograd.Function):
         ctx.known, ctx.read = known, known.read(x)
         ctx.version = version(ctx.read)
         maps, ctx.state = known.forward(x)
-        trained = known.ends.trained
-        ctx.mark_non_differentiable(*[m for i, m in enumerate(maps) if i not in trained])
+        ctx.mark_non_differentiable(*known.ends.frozen(maps))
         return tuple(maps)
 
     @staticmethod
@@ -131,7 +130,7 @@ class _Run(torch.autograd.Function):
         retain = _retains_graph()
         if not retain:
             ctx.state = None
-        given = ctx.known.ends.given(grad_maps)
+        given = ctx.known.ends.pick(grad_maps)
         return None, None, *ctx.known.backward(state, given, retain)
 
 
@@ -140,8 +139,7 @@ class _TapeEnds(Ends):
 
     def __init__(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         super().__init__(maps, weights)
-        trained = [maps[i] for i in self.trained]
-        self._like = [(m.shape, m.stride(), m.dtype, m.device) for m in trained]
+        self._like = [(m.shape, m.stride(), m.dtype, m.device) for m in self.pick(maps)]
 
     def fill(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients as a tape takes them: zeros where none were given."""
@@ -192,7 +190,7 @@ class _Recording:
 
     def backward(self, maps: Maps, given: Sequence[Tensor | None], retain: bool) -> Grads:
         """Gradients of the weights by those of trained maps; if to be retained, once more."""
-        trained = [maps[i] for i in self.ends.trained]
+        trained = self.ends.pick(maps)
         grad_maps = self.ends.fill(given)
         with torch.autocast(grad_maps[0].device.type, enabled=False):
             if self._recorder.done:  # before
