@@ -95,7 +95,7 @@ class WeightCaster:
 
     def applies(self, x: Tensor) -> bool:
         """Whether a network's weights may be replaced while it, or another thread, runs it on x."""
-        return bool(self.slots) and fusible(x)
+        return len(self.slots) > 0 and fusible(x)  # torch.compile cannot trace a list's bool()
 
     @contextmanager
     def cast(self, x: Tensor) -> Iterator[None]:
