@@ -153,7 +153,7 @@ class MambaVision(BaseModule):
             )
         if getattr(self, "_is_replica", False):
             return self._cast_features(x)
-        return self._graphs.run(self._replayed, self, x)
+        return self._graphs.run(self._cast_features, self, x, otherwise=self._replayed)
 
     def _replayed(self, x: Tensor) -> tuple[Tensor, ...]:
         return self._replays.run(self._cast_features, self, x)

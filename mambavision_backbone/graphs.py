@@ -36,10 +36,11 @@ class TrainingGraphs(TrainingPasses):
     """Runs a network forward and backward as CUDA graphs, with the results that it has without.
 
     The first pass of an input shape runs as it is; once that was differentiated, the next one is
-    captured, and all later ones are replayed. A graph is for one shape exactly, so results do not
-    depend on the shapes seen before. All graphs share their memory: one pass is under way at a
-    time, on one stream, and a forward pass that comes before the last one's backward pass runs
-    without a graph. Replays do not call hooks inside of the network.
+    captured, and all later ones are replayed. Where some maps led to no loss, there is one more
+    before the capture, whose backward pass is run once with zeros, to compile it. A graph is for
+    one shape exactly, so results do not depend on the shapes seen before. All graphs share their
+    memory: one pass is under way at a time, on one stream, and a forward pass that comes before the
+    last one's backward pass runs without a graph. Replays do not call hooks inside of the network.
 
     Args:
         limit: the first so many shapes that come twice are captured, all others run as they are.
@@ -69,6 +70,13 @@ class TrainingGraphs(TrainingPasses):
         return free and super()._applies(network, x)
 
     def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
+        if any(isinstance(m, SyncBatchNorm) for m in network.modules()):
+            self._stop("SyncBatchNorm talks to other processes")
+            return forward(x)
+        assert self._snapshot is not None
+        if self._seen[key] and any(w._backward_hooks for w in self._snapshot.weights):
+            self._stop("parameters have hooks, which are not to see a backward pass of zeros")
+            return forward(x)
         if self._seen[key]:  # maps that led to no loss: theirs is captured, too
             maps = forward(x)
             self._warm_up(maps)
@@ -91,9 +99,6 @@ class TrainingGraphs(TrainingPasses):
         Raises:
             RuntimeError: it cannot be captured; the message says why.
         """
-        if any(isinstance(m, SyncBatchNorm) for m in network.modules()):
-            self._stop("SyncBatchNorm talks to other processes")
-            return None
         assert self._snapshot is not None
         self._memory = self._memory or GraphMemory(x.device)
         try:

@@ -184,9 +184,12 @@ class FastBackbone(nn.Module):
         """Move or cast; the graphs are of the old weights."""
         self._forget()
         super()._apply(*args, **kwargs)
+        self._look_at_weights()
+        return self
+
+    def _look_at_weights(self) -> None:
         weight = next(self.net.parameters())
         self.dtype, self._device = weight.dtype, weight.device
-        return self
 
     def _forget(self) -> None:
         self._graphs, self._seen, self._memory = {}, set(), None
@@ -199,6 +202,7 @@ class FastBackbone(nn.Module):
 def _graphs_anew(fast: Any, _keys: Any) -> None:
     """Loading may have replaced weights."""
     fast._forget()
+    fast._look_at_weights()
 
 
 class _Graph(NamedTuple):

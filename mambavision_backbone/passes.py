@@ -30,7 +30,7 @@ MAX_SHORT_LIVES, SHORT_LIFE = 16, 10
 class TrainingPasses(ABC):
     """Runs a network in training, in another way where a shape comes again.
 
-    The first pass of an input shape runs as it is. Once that was differentiated, the next one makes
+    The first pass of an input shape runs as it is. Once that was differentiated, a next one makes
     what later ones are run by. All of that is forgotten when the network changes.
 
     Args:
@@ -50,19 +50,29 @@ class TrainingPasses(ABC):
         self._snapshot: Snapshot | None = None  # of the network that all of this is of
         self._passes: dict[Any, Any] = {}
 
-    def run(self, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
-        """``forward(x)``, in the other way where that can be: in training, x without gradients."""
+    def run(
+        self, forward: Forward, network: nn.Module, x: Tensor, otherwise: Forward | None = None
+    ) -> Maps:
+        """``forward(x)``, in the other way where that can be: in training, x without gradients.
+
+        Where it can never be, ``otherwise(x)``.
+        """
+        otherwise = otherwise or forward
         if not self._applies(network, x):
-            return forward(x)
+            return otherwise(x)
         if self._snapshot is not None and not self._snapshot.holds(network):
             self.forget()
+            if self._stopped:
+                return otherwise(x)
         self._snapshot = self._snapshot or Snapshot(network)
         key = _key(x)
         known = self._passes.get(key)
         if known is not None:
             self._runs += 1
             return self._again(known, x)
-        if key in self._seen and len(self._passes) < self.limit and not self._stopped:
+        if len(self._passes) >= self.limit or self._stopped:
+            return otherwise(x)
+        if key in self._seen:
             return self._second(key, forward, network, x)
         return self._watched(forward(x), key)
 
@@ -103,9 +113,14 @@ class TrainingPasses(ABC):
     def _watched(self, maps: Maps, key: Any) -> Maps:
         """The maps; when any is differentiated, the shape was seen."""
         trained = {i for i, m in enumerate(maps) if m.requires_grad}
+        snapshot = self._snapshot
 
         def seen(i: int) -> Callable[[Tensor], None]:
-            return lambda _: self._seen.setdefault(key, set(trained)).discard(i)
+            def hook(_: Tensor) -> None:
+                if snapshot is self._snapshot:  # not of a network that has changed since
+                    self._seen.setdefault(key, set(trained)).discard(i)
+
+            return hook
 
         for i in trained:
             maps[i].register_hook(seen(i))

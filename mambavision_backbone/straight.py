@@ -154,6 +154,8 @@ def _is_usual(block: nn.Module) -> bool:
         return False
     places = {"norm1": nn.LayerNorm, "mixer": type(block.mixer), "norm2": nn.LayerNorm, "mlp": Mlp}
     mixer: Any = block.mixer
+    if _children(block) != places or _children(mixer) != _USUAL[type(mixer)]:
+        return False
     if type(mixer) is MambaVisionMixer:
         with_bias = {mixer.dt_proj}
         without: set[Any] = {mixer.in_proj, mixer.x_proj, mixer.out_proj}
@@ -161,8 +163,7 @@ def _is_usual(block: nn.Module) -> bool:
         with_bias, without = {mixer.qkv}, set()
     norms = block.norm1, block.norm2
     return (
-        _children(block) == places
-        and all(_children(m) == _USUAL[type(m)] for m in (mixer, block.mlp))
+        _children(block.mlp) == _USUAL[Mlp]
         and all(m.bias is not None for m in (block.mlp.fc1, *with_bias, *norms))
         and all(m.weight is not None for m in norms)
         and not any(m.bias is not None for m in without)

@@ -288,6 +288,55 @@ def test_networks_that_change_all_the_time_run_as_they_are(
     assert not model._graphs._passes
 
 
+def test_nothing_is_kept_of_networks_that_change_all_the_time(
+    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = pair(tiny_arch, 2, device)
+    for step in range(20):
+        model.outnorm3.weight = nn.Parameter(model.outnorm3.weight.detach().clone())
+        loss_of(model, images(A, step), torch.float16).backward()
+    assert caplog.text.count("the network changes all the time") == 1
+    assert model._graphs._snapshot is None
+
+
+def test_replays_take_no_part_in_passes_that_are_captured(
+    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So a network that moves after every epoch does not lose them."""
+    model, _ = both(tiny_arch, device, {"graphs": 1})
+    caplog.set_level("INFO", "mambavision_backbone")
+    for _ in range(17):
+        for step in range(12):
+            loss_of(model, images(A, step), torch.float16).backward()
+        moved(model)
+    assert "all the time" not in caplog.text
+    for step in range(3):
+        loss_of(model, images(A, step), torch.float16).backward()
+        loss_of(model, images(B, step), torch.float16).backward()  # beyond the limit
+    assert len(model._graphs._passes) == 1
+    if device == "cuda":
+        assert model._replays._seen
+
+
+def test_a_late_backward_pass_is_of_the_old_network(device: str, tiny_arch: dict[str, Any]) -> None:
+    model, _ = pair(tiny_arch, 1, device)
+    loss = loss_of(model, images(A, 0), torch.float16)
+    model.levels[0].requires_grad_(False)
+    loss_of(model, images(B, 0), torch.float16)
+    loss.backward()
+    assert not model._graphs._seen
+
+
+def test_hooks_of_weights_are_called_once_a_pass(device: str, tiny_arch: dict[str, Any]) -> None:
+    """Also where some maps lead to no loss."""
+    model, _ = pair(tiny_arch, 1, device)
+    calls: list[Tensor] = []
+    model.patch_embed.conv_down[0].weight.register_hook(calls.append)
+    for step in range(4):
+        model(images(A, step).to(device))[1].square().sum().backward()
+        assert len(calls) == step + 1
+
+
 def test_copies_of_a_network_that_was_captured(device: str, tiny_arch: dict[str, Any]) -> None:
     graphed, model = pair(tiny_arch, 2, device)
     for step in range(3):
@@ -435,12 +484,18 @@ def test_sharded_weights(
 
 
 def test_what_cannot_be_captured_runs_as_it_is(
-    device: str, tiny_arch: dict[str, Any], caplog: pytest.LogCaptureFixture
+    device: str,
+    tiny_arch: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, _ = pair(tiny_arch, 4, device)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    warmed_up: list[Any] = []
+    monkeypatch.setattr(TrainingGraphs, "_warm_up", lambda _, maps: warmed_up.append(maps))
     for step in range(3):
-        loss_of(model, images(A, step), torch.float16).backward()
+        model(images(A, step).to(device))[1].square().sum().backward()
+    assert not warmed_up  # a backward pass that other processes do not make
     assert "SyncBatchNorm" in caplog.text
     assert caplog.text.count("no more CUDA graphs") == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -274,8 +275,15 @@ def no_bias_of_qkv(model: MambaVision) -> None:
     model.levels[2].blocks[1].mixer.qkv = nn.Linear(64, 192, bias=False, device=DEVICE)
 
 
+def no_qkv(model: MambaVision) -> None:
+    mixer = model.levels[2].blocks[1].mixer
+    mixer.packed = mixer.qkv
+    del mixer.qkv
+    mixer.forward = MethodType(lambda m, x, *_: m.proj(m.packed(x)[..., :64]), mixer)
+
+
 CHANGES = [adapt, normalise_weights, subclass, lower_rank, fewer_heads, another_backend]
-CHANGES += [bias_of_in_proj, bias_of_out_proj, no_bias_of_fc1, no_bias_of_qkv]
+CHANGES += [bias_of_in_proj, bias_of_out_proj, no_bias_of_fc1, no_bias_of_qkv, no_qkv]
 CHANGES += [tanh_gelu, no_activation, norm_in_mlp, no_norm, norm_without_weights]
 
 

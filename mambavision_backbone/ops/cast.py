@@ -68,8 +68,8 @@ class WeightCaster:
     """Stands copies in autocast's dtype in for float32 weights while a network runs.
 
     Autocast casts weights one by one, and their gradients one by one too: a kernel each, shorter
-    than its launch. Here that is a few launches for all weights. Other threads that run the network
-    wait meanwhile, so that none reads another's copies.
+    than its launch. Here that is a few launches for all weights. Passes inside ``cast`` take turns,
+    so that none reads another thread's copies; passes outside (compiled, checkpointed) do not.
 
     Args:
         network: of which the weights of linear and 2D convolution layers are meant.
@@ -94,8 +94,8 @@ class WeightCaster:
         self.__dict__.update(state, _lock=threading.RLock())
 
     def applies(self, x: Tensor) -> bool:
-        """Whether a network's weights may be replaced while it, or another thread, runs it on x."""
-        return len(self.slots) > 0 and fusible(x)  # torch.compile cannot trace a list's bool()
+        """Whether copies may stand in for the weights in a pass of x; such passes take turns."""
+        return fusible(x) and bool(self.slots)  # in this order: Dynamo cannot trace the second
 
     @contextmanager
     def cast(self, x: Tensor) -> Iterator[None]:
