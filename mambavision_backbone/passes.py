@@ -57,7 +57,7 @@ class TrainingPasses(ABC):
 
         Where it can never be, ``otherwise(x)``.
         """
-        otherwise = otherwise or forward
+        otherwise = forward if otherwise is None else otherwise
         if not self._applies(network, x):
             return otherwise(x)
         if self._snapshot is not None and not self._snapshot.holds(network):

@@ -279,7 +279,7 @@ def no_qkv(model: MambaVision) -> None:
     mixer = model.levels[2].blocks[1].mixer
     mixer.packed = mixer.qkv
     del mixer.qkv
-    mixer.forward = MethodType(lambda m, x, *_: m.proj(m.packed(x)[..., :64]), mixer)
+    mixer.forward = MethodType(lambda m, x, *_: (m.proj(m.packed(x)[..., :64]), None), mixer)
 
 
 CHANGES = [adapt, normalise_weights, subclass, lower_rank, fewer_heads, another_backend]
