@@ -314,7 +314,8 @@ def test_replays_take_no_part_in_passes_that_are_captured(
         loss_of(model, images(A, step), torch.float16).backward()
         loss_of(model, images(B, step), torch.float16).backward()  # beyond the limit
     assert len(model._graphs._passes) == 1
-    assert [key[0][2:] for key in model._replays._passes] == [B]
+    replayed = [key[0][2:] for key in model._replays._passes]
+    assert replayed == ([B] if model._replays.limit else [])  # torch 2.4 has none
 
 
 def test_a_late_backward_pass_is_of_the_old_network(device: str, tiny_arch: dict[str, Any]) -> None:
