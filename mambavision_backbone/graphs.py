@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +15,18 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 from .capture import GraphMemory, unowned
 from .ops.sizes import ceil_div
 from .passes import (
+    Asked,
     Ends,
-    Forward,
     Grads,
     Maps,
     OtherTensorsError,
-    Snapshot,
     TrainingPasses,
     check_version,
     gradients,
     uncached_autocast,
     version,
 )
+from .rerun import Rerun, other_leaves
 
 logger = logging.getLogger("mambavision_backbone")
 
@@ -36,11 +35,10 @@ class TrainingGraphs(TrainingPasses):
     """Runs a network forward and backward as CUDA graphs, with the results that it has without.
 
     The first pass of an input shape runs as it is; once that was differentiated, the next one is
-    captured, and all later ones are replayed. Where some maps led to no loss, there is one more
-    before the capture, whose backward pass is run once with zeros, to compile it. A graph is for
-    one shape exactly, so results do not depend on the shapes seen before. All graphs share their
-    memory: one pass is under way at a time, on one stream, and a forward pass that comes before the
-    last one's backward pass runs without a graph. Replays do not call hooks inside of the network.
+    captured, and all later ones are replayed. A graph is for one shape exactly, so results do not
+    depend on the shapes seen before. All graphs share their memory: one pass is under way at a
+    time, on one stream, and a forward pass that comes before the last one's backward pass runs
+    without a graph. Replays do not call hooks inside of the network.
 
     Args:
         limit: the first so many shapes that come twice are captured, all others run as they are.
@@ -69,40 +67,22 @@ class TrainingGraphs(TrainingPasses):
         free = ticket is None or ticket.used
         return free and super()._applies(network, x)
 
-    def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
-        if any(isinstance(m, SyncBatchNorm) for m in network.modules()):
-            self._stop("SyncBatchNorm talks to other processes")
-            return forward(x)
-        assert self._snapshot is not None
-        if self._seen[key] and any(w._backward_hooks for w in self._snapshot.weights):
-            self._stop("parameters have hooks, which are not to see a backward pass of zeros")
-            return forward(x)
-        if self._seen[key]:  # maps that led to no loss: theirs is captured, too
-            maps = forward(x)
-            self._warm_up(maps)
-            self._seen[key].clear()
-            return maps
-        captured = self._capture(key, forward, network, x)
-        return self._watched(forward(x), key) if captured is None else self._again(captured, x)
+    def _second(self, asked: Asked) -> Maps:
+        captured = self._capture(asked)
+        return asked.forward(asked.x) if captured is None else self._again(captured, asked)
 
-    def _warm_up(self, maps: Maps) -> None:
-        """Compile what the backward pass of all maps takes, where some lead to no loss so far."""
-        trained = [m for m in maps if m.requires_grad]
-        zeros = [torch.zeros_like(m) for m in trained]
-        assert self._snapshot is not None
-        with torch.autocast("cuda", enabled=False):
-            gradients(trained, zeros, self._snapshot.weights, retain_graph=True)
-
-    def _capture(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> _Pass | None:
+    def _capture(self, asked: Asked) -> _Pass | None:
         """Capture a pass.
 
         Raises:
             RuntimeError: it cannot be captured; the message says why.
         """
-        assert self._snapshot is not None
-        self._memory = self._memory or GraphMemory(x.device)
+        if any(isinstance(m, SyncBatchNorm) for m in asked.network.modules()):
+            self._stop("SyncBatchNorm talks to other processes")
+            return None
+        self._memory = self._memory or GraphMemory(asked.x.device)
         try:
-            captured = _Pass(forward, network, self._snapshot, x, self._memory)
+            captured = _Pass(asked, self._seen[asked.key], self._memory)
         except (torch.cuda.OutOfMemoryError, OtherTensorsError) as error:
             reason = str(error)
         except RuntimeError as error:  # CUDA is in the middle of a capture: there is no going on
@@ -110,16 +90,17 @@ class TrainingGraphs(TrainingPasses):
                 f"a training pass cannot be captured as a CUDA graph, set graphs=0: {error}"
             ) from error
         else:
-            self._passes[key] = captured
+            self._passes[asked.key] = captured
             self._report()
             return captured
         self._stop(reason)
         return None
 
-    def _again(self, known: _Pass, x: Tensor) -> Maps:
+    def _again(self, known: _Pass, asked: Asked) -> Maps:
         ticket = _Ticket()
         self._under_way = weakref.ref(ticket)
-        return _Replay.apply(known, ticket, x, *known.weights)
+        rerun = None if known.ends.all_wanted else Rerun(self, asked)
+        return _Replay.apply(known, ticket, rerun, asked.x, *known.weights)
 
     def _report(self) -> None:
         """Log the first graph, and the last."""
@@ -131,6 +112,14 @@ class TrainingGraphs(TrainingPasses):
 
     def _stop(self, reason: str) -> None:
         super()._stop(reason)
+        self._free()
+
+    def _drop(self, key: Any) -> None:
+        super()._drop(key)
+        self._free()
+
+    def _free(self) -> None:
+        """Give the memory up with the last graph: PyTorch takes no more into such a pool."""
         if not self._passes:
             self._memory = None
 
@@ -149,28 +138,23 @@ class _Ticket:
 class _Pass:
     """The graphs of one input shape, with the tensors that they read and write."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        network: nn.Module,
-        snapshot: Snapshot,
-        x: Tensor,
-        memory: GraphMemory,
-    ) -> None:
-        self.weights, self.parameters = snapshot.weights, snapshot.parameters
-        self.x = memory.image(x, _input_dtype(x))
+    def __init__(self, asked: Asked, wanted: Collection[int], memory: GraphMemory) -> None:
+        self.weights, self.parameters = asked.snapshot.weights, asked.snapshot.parameters
+        self.x = memory.image(asked.x, _input_dtype(asked.x))
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _other_leaves(network, self.weights) as leaves:
+        with other_leaves(asked.network, self.weights) as leaves:
             with memory.capture(self._forward), uncached_autocast("cuda"):
-                maps = forward(self.x)
+                maps = asked.forward(self.x)
                 values = [m.detach() for m in maps]
                 self._maps = [memory.buffer(("map", i), m) for i, m in enumerate(values)]
                 _copy(self._maps, values)
-            self.ends = Ends(maps, leaves)
+            self.ends = Ends(maps, leaves, wanted)
             # Maps were copied away when their gradients come, to the same place.
             self._grad_maps = self.ends.pick(self._maps)
+            wanted_maps = self.ends.pick(maps)
+            del maps  # and what leads to the others only
             with torch.autocast("cuda", enabled=False), memory.capture(self._backward):
-                grads = gradients(self.ends.pick(maps), self._grad_maps, leaves)
+                grads = gradients(wanted_maps, self._grad_maps, leaves)
         self._grads = _Gradients(grads)
 
     def forward(self, x: Tensor) -> Maps:
@@ -179,11 +163,12 @@ class _Pass:
         self._forward.replay()
         return tuple(m.clone() for m in self._maps)
 
-    def backward(self, given: Sequence[Tensor | None]) -> Grads:
-        """Gradients of the weights by those of trained maps, in memory of their own."""
-        _copy(self._grad_maps, given)
+    def backward(self, grad_maps: Sequence[Tensor | None]) -> Grads:
+        """Gradients of the weights by those of all maps, in memory of their own."""
+        grad_maps = self.ends.pick(grad_maps)
+        _copy(self._grad_maps, grad_maps)
         self._backward.replay()
-        return self.ends.choose(given, self._grads.copies())
+        return self.ends.choose(grad_maps, self._grads.copies())
 
 
 class _Gradients:
@@ -217,29 +202,6 @@ class _Gradients:
         return views
 
 
-@contextmanager
-def _other_leaves(network: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Put other tensors on the same memory in the weights' places, inside.
-
-    PyTorch ties the weights themselves to the stream that they were first used on, which a capture
-    must not touch.
-    """
-    leaves = {id(w): w.detach().requires_grad_() for w in weights}
-    slots = [
-        (module._parameters, name, weight)
-        for module in network.modules()
-        for name, weight in module._parameters.items()
-        if id(weight) in leaves
-    ]
-    try:
-        for parameters, name, weight in slots:
-            parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
-        yield list(leaves.values())
-    finally:
-        for parameters, name, weight in slots:
-            parameters[name] = weight
-
-
 def _input_dtype(x: Tensor) -> torch.dtype:
     """What the first convolution reads: under autocast half as much."""
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
@@ -264,9 +226,16 @@ def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: _Pass, ticket: _Ticket, x: Tensor, *_weights: Tensor) -> Maps:
+    def forward(
+        ctx: Any,
+        captured: _Pass,
+        ticket: _Ticket,
+        rerun: Rerun | None,
+        x: Tensor,
+        *_weights: Tensor,
+    ) -> Maps:
         ctx.set_materialize_grads(False)
-        ctx.captured, ctx.ticket = captured, ticket
+        ctx.captured, ctx.ticket, ctx.rerun = captured, ticket, rerun
         ctx.version = version(captured.parameters)
         maps = captured.forward(x)
         ctx.mark_non_differentiable(*captured.ends.frozen(maps))
@@ -280,8 +249,8 @@ class _Replay(torch.autograd.Function):
                 "a pass run as a CUDA graph can be differentiated once: "
                 "set graphs=0 in the backbone to differentiate it again"
             )
-        captured = ctx.captured
-        check_version(captured.parameters, ctx.version)
-        grads = captured.backward(captured.ends.pick(grad_maps))
+        check_version(ctx.captured.parameters, ctx.version)
+        foreseen = ctx.captured.ends.foreseen(grad_maps)
+        grads = (ctx.captured.backward if foreseen else ctx.rerun.gradients)(grad_maps)
         ctx.ticket.used = True
-        return None, None, None, *grads
+        return None, None, None, None, *grads

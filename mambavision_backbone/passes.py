@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ MAX_SHORT_LIVES, SHORT_LIFE = 16, 10
 class TrainingPasses(ABC):
     """Runs a network in training, in another way where a shape comes again.
 
-    The first pass of an input shape runs as it is. Once that was differentiated, a next one makes
-    what later ones are run by. All of that is forgotten when the network changes.
+    The first pass of an input shape runs as it is. Once that was differentiated, the next one makes
+    what later ones are run by, for the maps that led to a loss so far: when another one does, it is
+    made anew. All of that is forgotten when the network changes.
 
     Args:
         what: they are, for the log.
@@ -46,7 +47,7 @@ class TrainingPasses(ABC):
         self._stopped = False  # making them
         self._runs = 0  # since the network changed
         self._short_lives = 0
-        self._seen: dict[Any, set[int]] = {}  # shapes, and maps that were not differentiated yet
+        self._seen: dict[Any, set[int]] = {}  # shapes, and their maps that were differentiated
         self._snapshot: Snapshot | None = None  # of the network that all of this is of
         self._passes: dict[Any, Any] = {}
 
@@ -62,19 +63,30 @@ class TrainingPasses(ABC):
             return otherwise(x)
         if self._snapshot is not None and not self._snapshot.holds(network):
             self.forget()
-            if self._stopped:
-                return otherwise(x)
-        self._snapshot = self._snapshot or Snapshot(network)
         key = _key(x)
         known = self._passes.get(key)
+        full = len(self._passes) >= self.limit or self._stopped
+        if known is None and full:
+            return otherwise(x)
+        self._snapshot = self._snapshot or Snapshot(network)
+        asked = Asked(key, forward, network, self._snapshot, x)
         if known is not None:
             self._runs += 1
-            return self._again(known, x)
-        if len(self._passes) >= self.limit or self._stopped:
-            return otherwise(x)
+            return self._again(known, asked)
         if key in self._seen:
-            return self._second(key, forward, network, x)
-        return self._watched(forward(x), key)
+            return self._second(asked)
+        return self._watched(asked)
+
+    def differentiated(self, key: Any, snapshot: Snapshot, maps: Collection[int]) -> None:
+        """Maps of a shape led to a loss: what was made for others only is of no use."""
+        if snapshot is not self._snapshot:  # of a network that has changed since
+            return
+        seen = self._seen.setdefault(key, set())
+        seen.update(maps)
+        known = self._passes.get(key)
+        if known is not None and not known.ends.wanted.issuperset(maps):
+            seen.update(known.ends.wanted)
+            self._drop(key)
 
     def forget(self) -> None:
         """Weights were moved, frozen or replaced: what was made is of the past."""
@@ -89,12 +101,15 @@ class TrainingPasses(ABC):
             self._stop("the network changes all the time")
 
     @abstractmethod
-    def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
-        """``forward(x)`` of a shape that comes again; makes what later passes are run by."""
+    def _second(self, asked: Asked) -> Maps:
+        """The maps of a shape that comes again; makes what later passes are run by."""
 
     @abstractmethod
-    def _again(self, known: Any, x: Tensor) -> Maps:
-        """The maps of x by what was made."""
+    def _again(self, known: Any, asked: Asked) -> Maps:
+        """The maps by what was made."""
+
+    def _drop(self, key: Any) -> None:
+        del self._passes[key]
 
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
         return (
@@ -110,20 +125,20 @@ class TrainingPasses(ABC):
             and any(p.requires_grad for p in network.parameters())
         )
 
-    def _watched(self, maps: Maps, key: Any) -> Maps:
-        """The maps; when any is differentiated, the shape was seen."""
-        trained = {i for i, m in enumerate(maps) if m.requires_grad}
-        snapshot = self._snapshot
+    def _watched(self, asked: Asked) -> Maps:
+        """The maps as they are; when any is differentiated, the shape was seen.
 
-        def seen(i: int) -> Callable[[Tensor], None]:
-            def hook(_: Tensor) -> None:
-                if snapshot is self._snapshot:  # not of a network that has changed since
-                    self._seen.setdefault(key, set(trained)).discard(i)
+        Keeps no image.
+        """
+        key, forward, _, snapshot, x = asked
 
-            return hook
+        def hook(i: int) -> Callable[[Tensor], None]:
+            return lambda _: self.differentiated(key, snapshot, [i])
 
-        for i in trained:
-            maps[i].register_hook(seen(i))
+        maps = forward(x)
+        for i, m in enumerate(maps):
+            if m.requires_grad:
+                m.register_hook(hook(i))
         return maps
 
     def _stop(self, reason: str) -> None:
@@ -132,6 +147,16 @@ class TrainingPasses(ABC):
         if not self._passes:
             self._snapshot = None
         logger.log(self.level, "no more %s, going on without: %s", self._what, reason)
+
+
+class Asked(NamedTuple):
+    """A pass that is asked for: the maps ``forward(x)`` of a network that is as in the snapshot."""
+
+    key: Any
+    forward: Forward
+    network: nn.Module
+    snapshot: Snapshot
+    x: Tensor
 
 
 class Snapshot:
@@ -190,17 +215,23 @@ def on_gpu(x: Tensor) -> bool:
 
 def gradients(
     maps: Sequence[Tensor],
-    grad_maps: Sequence[Tensor],
+    grad_maps: Sequence[Tensor | None],
     leaves: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Grads:
     """Gradients of the leaves, each with its leaf's strides, as optimizers expect it.
 
-    None for leaves that the maps do not depend on, and those that were frozen meanwhile.
+    None for leaves that the maps with gradients do not depend on, and those that were frozen
+    meanwhile.
     """
     trained = [leaf for leaf in leaves if leaf.requires_grad]
+    pairs = [(m, grad) for m, grad in zip(maps, grad_maps, strict=True) if grad is not None]
     grads = torch.autograd.grad(
-        maps, trained, grad_maps, retain_graph=retain_graph, allow_unused=True
+        [m for m, _ in pairs],
+        trained,
+        [grad for _, grad in pairs],
+        retain_graph=retain_graph,
+        allow_unused=True,
     )
     by_leaf = {id(leaf): grad for leaf, grad in zip(trained, grads, strict=True)}
     return [_laid_out_as(by_leaf.get(id(leaf)), leaf) for leaf in leaves]
@@ -214,34 +245,59 @@ class OtherTensorsError(Exception):
 
 
 class Ends:
-    """What a pass is given and gives: its trained maps, and the gradients that they lead to.
+    """What a pass is given and gives: gradients of its maps, and those that they lead to.
+
+    Args:
+        maps: of the pass.
+        weights: the trained ones.
+        wanted: numbers of the maps that it is to be differentiated by.
 
     Attributes:
-        trained: numbers of the maps that can be differentiated.
+        wanted: those of them that can be.
+        all_wanted: whether all that can be are.
 
     Raises:
         OtherTensorsError: see there.
     """
 
-    def __init__(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        self.trained = [i for i, m in enumerate(maps) if m.requires_grad]
-        self._reached = _reached(self.pick(maps), weights)
+    def __init__(
+        self, maps: Sequence[Tensor], weights: Sequence[Tensor], wanted: Collection[int]
+    ) -> None:
+        self._trained = [i for i, m in enumerate(maps) if m.requires_grad]
+        self.wanted = set(wanted).intersection(self._trained)
+        self.all_wanted = len(self.wanted) == len(self._trained)
+        reached = _reached([maps[i] for i in self._trained], weights)
+        self._reached = [r for i, r in zip(self._trained, reached, strict=True) if i in self.wanted]
 
     def pick(self, values: Sequence[Value]) -> list[Value]:
-        """Of one value for each map, those of the trained ones."""
-        return [values[i] for i in self.trained]
+        """Of one value for each map, those of the wanted ones."""
+        return [values[i] for i in sorted(self.wanted)]
 
     def frozen(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The other maps, which cannot be differentiated."""
-        return [m for i, m in enumerate(maps) if i not in self.trained]
+        """The maps that cannot be differentiated."""
+        return [m for i, m in enumerate(maps) if i not in self._trained]
 
-    def choose(self, given: Sequence[Tensor | None], grads: Grads) -> Grads:
-        """The weights' gradients, but for those that the maps with gradients do not depend on."""
-        if all(grad is not None for grad in given):
+    def foreseen(self, grad_maps: Sequence[Tensor | None]) -> bool:
+        """Whether only wanted maps have gradients."""
+        return self.wanted.issuperset(given(grad_maps))
+
+    def choose(self, grad_maps: Sequence[Tensor | None], grads: Grads) -> Grads:
+        """The weights' gradients, but for those that the maps with gradients do not depend on.
+
+        Args:
+            grad_maps: of the wanted maps.
+            grads: of all weights.
+        """
+        if all(grad is not None for grad in grad_maps):
             return grads
-        pairs = zip(self._reached, given, strict=True)
-        wanted = set().union(*(weights for weights, grad in pairs if grad is not None))
-        return [grad if i in wanted else None for i, grad in enumerate(grads)]
+        pairs = zip(self._reached, grad_maps, strict=True)
+        led_to = set().union(*(weights for weights, grad in pairs if grad is not None))
+        return [grad if i in led_to else None for i, grad in enumerate(grads)]
+
+
+def given(grad_maps: Sequence[Tensor | None]) -> list[int]:
+    """Numbers of the maps that have gradients."""
+    return [i for i, grad in enumerate(grad_maps) if grad is not None]
 
 
 def _reached(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[set[int]]:

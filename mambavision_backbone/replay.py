@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,20 @@ from torch.autograd.function import once_differentiable
 from .ops.plain import GLOBAL_HOOKS, own_forward
 from .ops.triton_support import aligned
 from .passes import (
+    Asked,
     Ends,
-    Forward,
     Grads,
     Maps,
     OtherTensorsError,
     Snapshot,
     TrainingPasses,
     check_version,
+    given,
     gradients,
     uncached_autocast,
     version,
 )
+from .rerun import Rerun
 from .tape import Recorder, Slots, Tape
 
 MAX_SHAPES = 512  # half a megabyte of the host's memory each
@@ -80,37 +82,40 @@ class TrainingReplays(TrainingPasses):
     def _applies(self, network: nn.Module, x: Tensor) -> bool:
         return super()._applies(network, x) and not any(self._hooks)
 
-    def _second(self, key: Any, forward: Forward, network: nn.Module, x: Tensor) -> Maps:
-        reason = _unusual(network)
+    def _second(self, asked: Asked) -> Maps:
+        reason = _unusual(asked.network)
         if reason:
             self._stop(reason)
-            return forward(x)
-        self._hooks = _hooks(network)
+            return asked.forward(asked.x)
+        self._hooks = _hooks(asked.network)
         if any(self._hooks):
-            return forward(x)
-        assert self._snapshot is not None
-        self._seen.pop(key)  # until there is a backward pass, too
-        recording = _Recording(self, key, self._snapshot)
-        maps = recording.record(forward, network, x)
+            return asked.forward(asked.x)
+        wanted = self._seen.pop(asked.key)  # until there is a backward pass, too
+        recording = _Recording(self, asked.key, asked.snapshot)
+        maps = recording.record(asked, wanted)
         if recording.refusal:
             self._stop(recording.refusal)
             return maps
-        return _Run.apply(recording, x, *recording.weights)
+        return _Run.apply(recording, None, asked.x, *recording.weights)
 
-    def _again(self, known: _Replay, x: Tensor) -> Maps:
+    def _again(self, known: _Replay, asked: Asked) -> Maps:
+        x = asked.x
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
             with torch.cuda.device(x.device):
-                return self._again(known, x)
-        return _Run.apply(known, x, *known.weights)
+                return self._again(known, asked)
+        rerun = None if known.ends.all_wanted else Rerun(self, asked)
+        return _Run.apply(known, rerun, x, *known.weights)
 
 
 class _Run(torch.autograd.Function):
     """A pass as one function of autograd, of an image and the trained weights."""
 
     @staticmethod
-    def forward(ctx: Any, known: _Recording | _Replay, x: Tensor, *_weights: Tensor) -> Maps:
+    def forward(
+        ctx: Any, known: _Recording | _Replay, rerun: Rerun | None, x: Tensor, *_weights: Tensor
+    ) -> Maps:
         ctx.set_materialize_grads(False)
-        ctx.known, ctx.read = known, known.read(x)
+        ctx.known, ctx.rerun, ctx.read = known, rerun, known.read(x)
         ctx.version = version(ctx.read)
         maps, ctx.state = known.forward(x)
         ctx.mark_non_differentiable(*known.ends.frozen(maps))
@@ -130,21 +135,26 @@ class _Run(torch.autograd.Function):
         retain = _retains_graph()
         if not retain:
             ctx.state = None
-        given = ctx.known.ends.pick(grad_maps)
-        return None, None, *ctx.known.backward(state, given, retain)
+        if ctx.rerun is None or ctx.known.ends.foreseen(grad_maps):
+            grads = ctx.known.backward(state, grad_maps, retain)
+        else:
+            grads = ctx.rerun.gradients(grad_maps)
+        return None, None, None, *grads
 
 
 class _TapeEnds(Ends):
-    """Those of a tape, which takes gradients of all trained maps, with their strides."""
+    """Those of a tape, which takes gradients of all wanted maps, with their strides."""
 
-    def __init__(self, maps: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        super().__init__(maps, weights)
+    def __init__(
+        self, maps: Sequence[Tensor], weights: Sequence[Tensor], wanted: Collection[int]
+    ) -> None:
+        super().__init__(maps, weights, wanted)
         self._like = [(m.shape, m.stride(), m.dtype, m.device) for m in self.pick(maps)]
 
-    def fill(self, given: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients as a tape takes them: zeros where none were given."""
+    def fill(self, grad_maps: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of the wanted maps as a tape takes them: zeros where none were given."""
         filled = []
-        for grad, (shape, strides, dtype, device) in zip(given, self._like, strict=True):
+        for grad, (shape, strides, dtype, device) in zip(grad_maps, self._like, strict=True):
             if grad is None:
                 grad = torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
             filled.append(_laid_out(grad, strides))
@@ -161,19 +171,24 @@ class _Recording:
         self.weights, self.parameters = snapshot.weights, snapshot.parameters
         self.refusal: str | None = None
 
-    def record(self, function: Forward, network: nn.Module, x: Tensor) -> Maps:
-        """The maps as they are without a recording; if there is no ``refusal`` they are kept."""
-        x = _laid_out(x, torch.empty_like(x, device="meta").stride())
+    def record(self, asked: Asked, wanted: Collection[int]) -> Maps:
+        """The maps as they are without a recording; if there is no ``refusal`` they are kept.
+
+        Args:
+            asked: the pass.
+            wanted: numbers of the maps that its backward pass is recorded for.
+        """
+        x = _laid_out(asked.x, torch.empty_like(asked.x, device="meta").stride())
         self._strides = x.stride()
-        self._recorder = Recorder([*self.parameters, *network.buffers()], self._owner.kept)
+        self._recorder = Recorder([*self.parameters, *asked.network.buffers()], self._owner.kept)
         with self._recorder.part([x]) as outputs, uncached_autocast(x.device.type):
-            maps = function(x)
+            maps = asked.forward(x)
             self._values = [m.detach() for m in maps]
             outputs += self._values
         self._maps = maps
         self.refusal = self._recorder.refusal
         try:
-            self.ends = _TapeEnds(maps, self.weights)
+            self.ends = _TapeEnds(maps, self.weights, wanted)
         except OtherTensorsError as error:
             self.refusal = str(error)
         return maps
@@ -188,18 +203,20 @@ class _Recording:
         del self._values, self._maps
         return values, maps
 
-    def backward(self, maps: Maps, given: Sequence[Tensor | None], retain: bool) -> Grads:
-        """Gradients of the weights by those of trained maps; if to be retained, once more."""
-        trained = self.ends.pick(maps)
-        grad_maps = self.ends.fill(given)
-        with torch.autocast(grad_maps[0].device.type, enabled=False):
-            if self._recorder.done:  # before
-                return self.ends.choose(given, gradients(trained, grad_maps, self.weights, retain))
-            with self._recorder.part(grad_maps) as outputs:
-                outputs += gradients(trained, grad_maps, self.weights, retain)
+    def backward(self, maps: Maps, grad_maps: Sequence[Tensor | None], retain: bool) -> Grads:
+        """Gradients of the weights by those of all maps; if to be retained, once more."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            if self._recorder.done or not self.ends.foreseen(grad_maps):
+                wanted = self.ends.wanted.union(given(grad_maps))
+                self._owner.differentiated(self._key, self._snapshot, wanted)
+                return gradients(maps, grad_maps, self.weights, retain)
+            picked = self.ends.pick(grad_maps)
+            filled = self.ends.fill(picked)
+            with self._recorder.part(filled) as outputs:
+                outputs += gradients(self.ends.pick(maps), filled, self.weights, retain)
         replay = _Replay(self._recorder.tape(), self._strides, self.ends, self._snapshot)
         self._owner.finish(self._key, replay, self._snapshot, self._recorder.refusal)
-        return self.ends.choose(given, outputs)
+        return self.ends.choose(picked, outputs)
 
 
 class _Replay:
@@ -220,10 +237,11 @@ class _Replay:
         slots = self._tape.start()
         return self._tape.play(_FORWARD, slots, [_laid_out(x, self._strides)]), slots
 
-    def backward(self, slots: Slots, given: Sequence[Tensor | None], retain: bool) -> Grads:
-        """Gradients of the weights by those of trained maps; if to be retained, once more."""
+    def backward(self, slots: Slots, grad_maps: Sequence[Tensor | None], retain: bool) -> Grads:
+        """Gradients of the weights by those of all maps; if to be retained, once more."""
         play = self._tape.play_again if retain else self._tape.play  # on autograd's device
-        return self.ends.choose(given, play(_BACKWARD, slots, self.ends.fill(given)))
+        grad_maps = self.ends.pick(grad_maps)
+        return self.ends.choose(grad_maps, play(_BACKWARD, slots, self.ends.fill(grad_maps)))
 
 
 def _laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:

@@ -15,7 +15,8 @@ from mambavision_backbone import MambaVision
 A, B, C = (64, 64), (64, 96), (32, 32)
 USED_MAPS = [  # of passes, one after the other
     [(0, 1, 2, 3), (1,), (0, 1, 2, 3), (1, 2), (3,), (0,)],
-    [(1,), (1,), (1,), (1,), (0, 1, 2, 3)],
+    [(1,), (1,), (1,), (1,), (0, 1, 2, 3), (1,), (0, 1, 2, 3)],
+    [(2,), (1,), (2,), (1,), (2,), (0,), (1, 2), (3,), (3,), (0, 1, 2, 3)],
 ]
 
 
@@ -103,6 +104,57 @@ def check_losses_of_some_maps(models: Sequence[MambaVision], used: Sequence[Sequ
                 maps = model(images(A, seed).to(device))
             sum(maps[i].float().square().sum() for i in numbers).backward()
         assert same(*models), numbers
+
+
+def check_an_infinite_map_without_a_loss(models: Sequence[MambaVision]) -> None:
+    """It does not reach the weights that other maps share with it, not even by zeros."""
+    device = next(models[0].parameters()).device
+    for model in models:
+        with torch.no_grad():
+            model.levels[3].blocks[0].norm1.bias.fill_(torch.inf)
+    for seed in range(4):
+        for model in models:
+            model.zero_grad()
+            maps = model(images(A, seed).to(device))
+            assert not maps[3].isfinite().all()
+            (maps[0].square().sum() + maps[2].square().sum()).backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert all(grad.isfinite().all() for grad in grads), seed
+        assert same(*models), seed
+
+
+def check_a_late_loss(models: Sequence[MambaVision], dtype: torch.dtype | None = None) -> None:
+    """Of a map that had none when its pass began: with the pass's own draws, and no new ones."""
+    device = next(models[0].parameters()).device
+    for seed in range(6):
+        following = []
+        for model in models:
+            model.zero_grad()
+            torch.manual_seed(seed)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                maps = model(images(A, seed).to(device))
+            torch.rand(1), torch.rand(1, device=device)
+            sum(m.square().sum() for m in (maps if seed > 3 else maps[1:2])).backward()
+            following.append((torch.rand(1), torch.rand(1, device=device)))
+        assert following[0] == following[1]
+        assert same(*models), seed
+
+
+def check_a_late_loss_that_cannot_be(model: MambaVision) -> None:
+    """The image, or the network, are not what they were."""
+    device = next(model.parameters()).device
+    for seed in range(3):
+        model(images(A, seed).to(device))[1].sum().backward()
+    x = images(A, 3).to(device)
+    loss = model(x)[2].sum()
+    x.zero_()
+    with pytest.raises(RuntimeError, match=r"the image or weights .* modified by an inplace"):
+        loss.backward()
+    del loss  # with it, one pass would still be under way
+    loss = model(images(A, 3).to(device))[2].sum()
+    model.levels[2].eval()
+    with pytest.raises(RuntimeError, match=r"changed between .* set graphs=0 and replay=False"):
+        loss.backward()
 
 
 def check_weights_that_are_no_parameters(models: Sequence[MambaVision]) -> None:

@@ -24,7 +24,10 @@ from tests.passes import (
     B,
     C,
     both,
+    check_a_late_loss,
+    check_a_late_loss_that_cannot_be,
     check_a_weight_from_outside,
+    check_an_infinite_map_without_a_loss,
     check_losses_of_some_maps,
     check_modified_weights,
     check_sharded_weights,
@@ -437,6 +440,36 @@ def test_losses_of_some_maps(
     assert models[0]._graphs._passes
 
 
+def test_an_infinite_map_without_a_loss(device: str, tiny_arch: dict[str, Any]) -> None:
+    models = pair(tiny_arch, 1, device)
+    check_an_infinite_map_without_a_loss(models)
+    assert models[0]._graphs._passes
+
+
+def test_a_late_loss(device: str, tiny_arch: dict[str, Any]) -> None:
+    # The stand-in for a graph draws when it captures, too.
+    models = pair(tiny_arch, 1, device, drop_path_rate=0.3 if device == "cuda" else 0.0)
+    check_a_late_loss(models)
+    assert models[0]._graphs._passes
+
+
+def test_a_late_loss_that_cannot_be(device: str, tiny_arch: dict[str, Any]) -> None:
+    check_a_late_loss_that_cannot_be(pair(tiny_arch, 1, device)[0])
+
+
+def test_a_late_loss_beside_another_shape(device: str, tiny_arch: dict[str, Any]) -> None:
+    """The graph of one shape is captured anew, in the memory of both."""
+    models = pair(tiny_arch, 2, device)
+    for step in range(12):
+        for model in models:
+            model.zero_grad()
+            maps = model(images((A, B)[step % 2], step).to(device))
+            used = maps if step in (8, 10) else maps[1:3]
+            sum(m.square().sum() for m in used).backward()
+        assert same(*models), step
+    assert len(models[0]._graphs._passes) == 2
+
+
 def test_frozen_or_not_before_a_capture(
     device: str, tiny_arch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,15 +520,11 @@ def test_what_cannot_be_captured_runs_as_it_is(
     device: str,
     tiny_arch: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, _ = pair(tiny_arch, 4, device)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    warmed_up: list[Any] = []
-    monkeypatch.setattr(TrainingGraphs, "_warm_up", lambda _, maps: warmed_up.append(maps))
     for step in range(3):
         model(images(A, step).to(device))[1].square().sum().backward()
-    assert not warmed_up  # a backward pass that other processes do not make
     assert "SyncBatchNorm" in caplog.text
     assert caplog.text.count("no more CUDA graphs") == 1
 

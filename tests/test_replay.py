@@ -28,7 +28,10 @@ from tests.passes import (
     B,
     C,
     both,
+    check_a_late_loss,
+    check_a_late_loss_that_cannot_be,
     check_a_weight_from_outside,
+    check_an_infinite_map_without_a_loss,
     check_losses_of_some_maps,
     check_modified_weights,
     check_sharded_weights,
@@ -233,6 +236,39 @@ def test_losses_of_some_maps(
 ) -> None:
     models = both(tiny_arch, device, WAY)
     check_losses_of_some_maps(models, used)
+    assert models[0]._replays._passes
+
+
+def test_an_infinite_map_without_a_loss(device: str, tiny_arch: dict[str, Any]) -> None:
+    models = both(tiny_arch, device, WAY)
+    check_an_infinite_map_without_a_loss(models)
+    assert models[0]._replays._passes
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_late_loss(dtype: torch.dtype | None, device: str, tiny_arch: dict[str, Any]) -> None:
+    models = both(tiny_arch, device, WAY, drop_path_rate=0.3)
+    check_a_late_loss(models, dtype)
+    assert models[0]._replays._passes
+
+
+def test_a_late_loss_that_cannot_be(device: str, tiny_arch: dict[str, Any]) -> None:
+    check_a_late_loss_that_cannot_be(both(tiny_arch, device, WAY)[0])
+
+
+def test_late_losses_one_after_the_other(device: str, tiny_arch: dict[str, Any]) -> None:
+    """Of one pass that is retained, while its network is recorded and replayed for other maps."""
+    models = both(tiny_arch, device, WAY, drop_path_rate=0.3)
+    for seed in range(5):
+        for model in models:
+            model.zero_grad()
+            torch.manual_seed(seed)
+            maps = model(images(A, seed).to(device))
+            losses = [m.square().sum() for m in (maps[:2] if seed < 3 else maps)]
+            for loss in losses[:-1]:
+                loss.backward(retain_graph=True)
+            losses[-1].backward()
+        assert same(*models), seed
     assert models[0]._replays._passes
 
 
