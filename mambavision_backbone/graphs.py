@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .capture import GraphMemory, unowned
 from .ops.sizes import ceil_div
@@ -77,7 +76,7 @@ class TrainingGraphs(TrainingPasses):
         Raises:
             RuntimeError: it cannot be captured; the message says why.
         """
-        if any(isinstance(m, SyncBatchNorm) for m in asked.network.modules()):
+        if any(map(_talks, asked.network.modules())):
             self._stop("SyncBatchNorm talks to other processes")
             return None
         self._memory = self._memory or GraphMemory(asked.x.device)
@@ -200,6 +199,11 @@ class _Gradients:
         ]
         torch._foreach_copy_([view for view in views if view is not None], self._grads)
         return views
+
+
+def _talks(module: nn.Module) -> bool:
+    """Whether it is a synchronised batch norm, PyTorch's or mmcv's."""
+    return any(kind.__name__ == "SyncBatchNorm" for kind in type(module).__mro__)
 
 
 def _input_dtype(x: Tensor) -> torch.dtype:

@@ -80,20 +80,25 @@ class FastBackbone(nn.Module):
         ValueError: see :func:`accelerate`.
     """
 
+    dtype: torch.dtype
+    _device: torch.device
+    _seen: set[tuple[int, ...]]
+    _graphs: dict[tuple[int, ...], _Graph]
+    _memory: GraphMemory | None
+
     def __init__(
         self, backbone: MambaVision, dtype: torch.dtype | None = None, graphs: int = 32
     ) -> None:
         super().__init__()
-        device = next(backbone.parameters()).device
+        device = next(backbone.parameters()).device.type
         if dtype is None:
-            dtype = torch.float16 if device.type == "cuda" else torch.float32
+            dtype = torch.float16 if device == "cuda" else torch.float32
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-        if dtype == torch.float16 and device.type == "cpu":
+        if dtype == torch.float16 and device == "cpu":
             raise ValueError("float16 needs a GPU: a CPU has bfloat16 and float32")
         if graphs < 0:
             raise ValueError(f"graphs must not be negative, got {graphs}")
-        self.dtype = dtype
         self.max_graphs = graphs
         net = copy.deepcopy(backbone).eval().requires_grad_(False)
         net.patch_embed = _folded_stem(net.patch_embed)  # type: ignore[assignment]
@@ -105,10 +110,8 @@ class FastBackbone(nn.Module):
         net._caster.slots.clear()  # they hold the layers that were replaced
         self.net = net.to(dtype)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._device = device
-        self._seen: set[tuple[int, ...]] = set()
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
-        self._memory: GraphMemory | None = None
+        self._forget()
+        self._look_at_weights()
         self.register_load_state_dict_post_hook(_graphs_anew)
 
     @torch.no_grad()

@@ -516,13 +516,19 @@ def test_sharded_weights(
     assert not models[0]._graphs._passes
 
 
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Stands for mmcv's, which is not PyTorch's."""
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, SyncBatchNorm])
 def test_what_cannot_be_captured_runs_as_it_is(
+    kind: type[nn.Module],
     device: str,
     tiny_arch: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, _ = pair(tiny_arch, 4, device)
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.patch_embed.conv_down[1] = kind(model.patch_embed.conv_down[1].num_features).to(device)
     for step in range(3):
         model(images(A, step).to(device))[1].square().sum().backward()
     assert "SyncBatchNorm" in caplog.text

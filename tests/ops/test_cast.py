@@ -87,11 +87,14 @@ def test_a_second_thread_waits_for_the_weights(autocast: bool, model: MambaVisio
     x = torch.randn(1, 3, 64, 64, device=DEVICE)
     own = [p for p in model.parameters() if p.requires_grad]
     inside, other = threading.Event(), threading.Event()
+    came: list[bool] = []
 
     def meet(*_: Any) -> None:
-        if not inside.is_set():
+        if inside.is_set():
+            other.set()
+        else:
             inside.set()
-            other.wait(0.5)  # the second thread comes this far only if it does not wait
+            came.append(other.wait(0.5))
 
     def run(enabled: bool) -> list[Tensor]:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
@@ -100,10 +103,7 @@ def test_a_second_thread_waits_for_the_weights(autocast: bool, model: MambaVisio
 
     def second() -> list[Tensor]:
         assert inside.wait(60)
-        try:
-            return run(autocast)
-        finally:
-            other.set()
+        return run(autocast)
 
     flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
     with torch.backends.cudnn.flags(enabled=True, **flags), ThreadPoolExecutor() as threads:
@@ -112,6 +112,7 @@ def test_a_second_thread_waits_for_the_weights(autocast: bool, model: MambaVisio
         got = threads.submit(run, True), threads.submit(second)
         for a, b in zip(got, wanted, strict=True):
             assert all(map(torch.equal, a.result(), b))
+    assert came == [False]  # while the first one was inside
     assert all(map(operator.is_, own, (p for p in model.parameters() if p.requires_grad)))
 
 
