@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .passes import (
     Asked,
@@ -35,8 +36,7 @@ class Rerun:
         self._owner, self._asked = owner, asked
         self._version = version([asked.x])
         self._autocast = uncached_autocast(asked.x.device.type)
-        self._devices = [asked.x.device] if asked.x.is_cuda else []
-        self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self._devices]
+        self._random = torch.get_rng_state(), *get_device_states(asked.x)
 
     def gradients(self, grad_maps: Sequence[Tensor | None]) -> Grads:
         """Of the trained weights.
@@ -53,15 +53,15 @@ class Rerun:
             )
         self._owner.differentiated(key, snapshot, given(grad_maps))
         statistics = {id(buffer): buffer.clone() for buffer in network.buffers()}
+        state, devices, states = self._random
         with (
-            torch.random.fork_rng(self._devices),
+            torch.random.fork_rng(devices),
             other_leaves(network, snapshot.weights) as leaves,
             stand_ins(network, statistics),
             torch.autocast(x.device.type, enabled=False),
         ):
-            torch.set_rng_state(self._random[0])
-            for device, state in zip(self._devices, self._random[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
+            torch.set_rng_state(state)
+            set_device_states(devices, states)
             with torch.enable_grad(), self._autocast:
                 maps = forward(x)
             return gradients(maps, grad_maps, leaves)
